@@ -1,0 +1,1456 @@
+"""ChooBaCa: knowledge distillation of a language model, in one file.
+
+A big model (the teacher) learns from ten million words. A small one (the student) learns from the
+same text and, at every token, from the teacher's whole distribution. This file trains both, under
+a choice of divergences, and scores what was learnt on minimal pairs of sentences. It follows
+"Choosy Babies Need One Coach: Inducing Mode-Seeking Behavior in Baby Llama with Reverse KL
+Divergence" (Shi, Matusevych and Nissim, BabyLM 2024), called "the paper" below.
+
+    python choobaca.py train --objective rkl --teachers 1     a teacher, then its student
+    python choobaca.py train --objective ce                   the same student without a teacher
+    python choobaca.py eval-blimp                             the newest run's grammar, pair by pair
+
+Read it from the top: the order of the file is the order of the data.
+
+    1. text -> ids on disk          4. the divergences         7. run folders
+    2. ids -> a step's batch        5. the fused loss          8. training
+    3. the models                   6. schedules, optimizer    9. minimal pairs   10. command line
+
+One legend for the axes, used everywhere:
+
+    B batch   T time   N = B * T tokens   C width   H heads   D = C / H   V vocabulary
+
+The paper's temperature is called tau, for T is time. What differs from the paper, or from BabyLlama
+whose code it builds on, is marked in its place with the number that it has here:
+
+    (1) every line of text begins with <s>, and its first word with a space: scoring asks for both
+    (2) all 256 bytes are in the vocabulary from the start, so that no text is ever dropped
+    (3) the divergence is a mean over tokens, as the cross-entropy is; BabyLlama's "batchmean" sums
+        it over the T tokens of a row, which makes it T times as heavy
+    (4) the student's part of the mixed logits (Eq. 2) is held constant
+    (5) the learning rate follows one cosine to the end, after a warmup
+"""
+import contextlib
+import dataclasses
+import difflib
+import errno
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import sys
+import time
+import tomllib
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+# torch's threads wait for each other by spinning. With the default, long spinning, one other busy
+# program makes a small model's step a hundred times slower; with this it costs nothing when alone.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")        # read when torch is loaded, so set before
+
+import click
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tokenizers import (Tokenizer, decoders, models, normalizers, pre_tokenizers, processors,
+                        trainers)
+from torch import Tensor, nn
+from tqdm import tqdm
+
+HOME = Path(__file__).resolve().parent
+
+
+def need(condition, message: str) -> None:
+    """Stop with one sentence to the user unless the condition holds."""
+    if not condition:
+        raise click.ClickException(message)
+
+
+def setting(default, help: str, choices: tuple = (), low=0, high=math.inf, path: bool = False):
+    """A field of a settings class: its default, its help and the values it takes.
+
+    The settings classes below are the only place where a setting is written down: flags, help, the
+    keys of a TOML file and all checks are made from them.
+    """
+    return dataclasses.field(default=default, metadata={
+        "help": help, "choices": choices, "low": low, "high": high, "path": path})
+
+
+def checked(field: dataclasses.Field, value, source: str):
+    """The value, if it fits the setting. Error: another type, out of range, no such choice."""
+    rules = field.metadata
+    value = float(value) if field.type is float and type(value) is int else value
+    need(type(value) is field.type, f"{source} is {value!r}: expected {field.type.__name__}.")
+    need(not rules["choices"] or value in rules["choices"],
+         f"{source} is {value!r}: expected one of {', '.join(rules['choices'])}.")
+    need(field.type in (bool, str) or rules["low"] <= value <= rules["high"] and value < math.inf,
+         f"{source} is {value}: expected {rules['low']} to {rules['high']}.")
+    return value
+
+
+@contextlib.contextmanager
+def written_whole(path: Path):
+    """A binary file to write to; `path` appears when it is complete and on the disk, or never."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value) -> None:
+    with written_whole(path) as file:
+        file.write((json.dumps(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> dict:
+    """The JSON object in a file. Error: not JSON, not an object."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise click.ClickException(f"{path} is not JSON: {error}.")
+    need(isinstance(value, dict), f"{path} holds a {type(value).__name__}: expected an object.")
+    return value
+
+
+def digest(*contents: bytes) -> str:
+    """The SHA-256 of byte strings and of their boundaries, in hexadecimal."""
+    total = hashlib.sha256()
+    for content in contents:
+        total.update(len(content).to_bytes(8, "little") + content)
+    return total.hexdigest()
+
+
+# -----------------------------------------------------------------------------
+# 1. Text to tokens
+#
+# a folder of text files -> documents -> ids, once, in a flat file on disk
+
+@dataclass(frozen=True)
+class TextSettings:
+    """What is read and how it becomes ids."""
+    text: str = setting(str(HOME / "data/tiny"), "Folder of training text in UTF-8: *.train and "
+                        "*.txt, but for dev.txt.", path=True)
+    dev: str = setting("", "Folder of held-out text, *.dev, dev.txt; empty: the same.", path=True)
+    tokenizer: str = setting("", "A tokenizer.json or its folder; empty: the first --teacher's, or "
+                             "else one is trained on the text.", path=True)
+    vocab_size: int = setting(16_000, "V of the tokenizer, when one is trained.", low=259)
+    prefix: str = setting("line", "Where the text gets the <s> that scoring begins with.",
+                          choices=("line", "document", "none"))
+
+
+class Vocabulary(NamedTuple):
+    """A tokenizer, and all that a model's folder says of it."""
+    tokenizer: Tokenizer
+    prefix_id: int                  # the token that stands before a sentence when it is scored
+    files: dict[str, bytes]         # tokenizer.json and the small files beside it, as they are
+
+    @property
+    def size(self) -> int:
+        """V, one more than the last id."""
+        return max(self.tokenizer.get_vocab().values()) + 1
+
+
+class Corpus(NamedTuple):
+    """All that is known of the text."""
+    vocabulary: Vocabulary
+    train: np.ndarray               # (tokens,)
+    dev: np.ndarray                 # (tokens,), empty where no text is held out
+    digests: dict[str, str]         # of the text and the tokenizer
+
+
+def read_lines(path: Path) -> list[str]:
+    """A document: the lines of a UTF-8 file, stripped, without the empty ones.
+
+    Error: nothing in it, or a byte that is not UTF-8 (which it names).
+    """
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise click.ClickException(f"{path} is not UTF-8: byte {error.start} is "
+                                   f"0x{error.object[error.start]:02x}. Save the file as UTF-8.")
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    need(lines, f"{path} is empty: expected text. Fill the file or remove it.")
+    return lines
+
+
+def read_documents(folder: Path, names: str) -> list[list[str]]:
+    """The documents of the files whose names match, in the order of their names."""
+    need(folder.is_dir(), f"{folder} is not a folder: expected one that holds text files.")
+    paths = sorted(path for path in folder.iterdir() if re.fullmatch(names, path.name))
+    return [read_lines(path) for path in paths]
+
+
+def train_tokenizer(folder: Path, documents: list[list[str]], vocab_size: int) -> None:
+    """Learn a byte-level BPE, as BabyLlama's, and write the files that AutoTokenizer loads."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())          # <- differs (2)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, show_progress=False,
+                                  special_tokens=list(specials.values()),
+                                  initial_alphabet=alphabet)
+    lines = list(itertools.chain.from_iterable(documents))
+    bar = tqdm(lines, "learning the vocabulary", leave=False, unit=" lines")
+    tokenizer.train_from_iterator(bar, trainer)
+    write_json(folder / "special_tokens_map.json", specials)
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
+        **specials})
+    with written_whole(folder / "tokenizer.json") as file:          # last: the folder is complete
+        file.write(tokenizer.to_str(pretty=True).encode())
+
+
+def load_vocabulary(path: Path) -> Vocabulary:
+    """The vocabulary in a tokenizer.json, or in a folder that has one.
+
+    The prefix token is the bos_token that a file beside it names, else its eos_token, else <s>.
+    """
+    path = path / "tokenizer.json" if path.is_dir() else path
+    files, roles = {"tokenizer.json": path.read_bytes()}, {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if path.with_name(name).exists():
+            files[name] = path.with_name(name).read_bytes()
+            roles |= read_json(path.with_name(name))
+    try:
+        tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
+    except Exception as error:                      # the library raises nothing more precise
+        raise click.ClickException(f"{path} is not a tokenizer of the tokenizers library: {error}.")
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    for token in (roles.get("bos_token"), roles.get("eos_token"), "<s>"):
+        token = token.get("content") if isinstance(token, dict) else token
+        if isinstance(token, str) and tokenizer.token_to_id(token) is not None:
+            return Vocabulary(tokenizer, tokenizer.token_to_id(token), files)
+    raise click.ClickException(f"{path}: no token begins a text: expected a bos_token or eos_token "
+                               "in the tokenizer_config.json beside it.")
+
+
+def encode(vocabulary: Vocabulary, documents: list[list[str]], prefix: str, dtype) -> np.ndarray:
+    """The ids of all documents, end to end: (tokens,).
+
+    The text "A dog.\\nIt ran." becomes, by the prefix setting,
+
+        line        <s> " A dog." <s> " It ran."
+        document    <s> " A dog." "\\n" " It ran." "\\n"
+        none        " A dog." "\\n" " It ran." "\\n"
+
+    <- differs (1): BabyLlama's text holds no <s> and gives no space to the first word of a line, so
+    its scores, which are conditioned on <s> and ask for that space, ask for what was never seen.
+    """
+    tokenizer, start = vocabulary.tokenizer, [vocabulary.prefix_id]
+    before = start if prefix == "line" else []
+    after = [] if prefix == "line" else tokenizer.encode("\n", add_special_tokens=False).ids[-1:]
+    pieces = []
+    with tqdm(total=sum(map(len, documents)), desc="encoding", unit=" lines", leave=False) as bar:
+        for lines in documents:
+            pieces.append(np.array(start if prefix == "document" else [], dtype))
+            for i in range(0, len(lines), 10_000):
+                some = [" " + line for line in lines[i:i + 10_000]]
+                encoded = tokenizer.encode_batch_fast(some, add_special_tokens=False)
+                ids = itertools.chain.from_iterable(before + line.ids + after for line in encoded)
+                pieces.append(np.fromiter(ids, dtype))
+                bar.update(len(some))
+    return np.concatenate(pieces)
+
+
+HEADER = 512        # bytes before the ids: a line of JSON, filled up with spaces
+
+
+def encode_once(path: Path, vocabulary: Vocabulary, documents: list[list[str]], prefix: str,
+                digests: dict[str, str]) -> np.ndarray:
+    """The documents' ids, mapped from the file at `path`: uint16, or uint32 for V above 65,536.
+
+    The header names the text, the tokenizer and the number of ids. Where the file is not there, or
+    has another header or size, the text is encoded: nothing is ever used that does not fit.
+    """
+    dtype = np.dtype(np.uint16 if vocabulary.size <= 2**16 else np.uint32)
+    facts = {"format": "choobaca ids 1", **digests, "prefix": prefix, "dtype": str(dtype)}
+    count = (path.stat().st_size - HEADER) / dtype.itemsize if path.exists() else 0
+    with open(path if count > 0 else os.devnull, "rb") as file:
+        found = file.read(HEADER).rstrip()
+    if count <= 0 or found != json.dumps({**facts, "count": count}).encode():
+        ids = encode(vocabulary, documents, prefix, dtype)
+        header = json.dumps({**facts, "count": float(len(ids))}).ljust(HEADER - 1) + "\n"
+        with written_whole(path) as file:
+            file.write(header.encode() + ids.tobytes())
+    return np.memmap(path, dtype, "r", HEADER)
+
+
+def read_corpus(settings: TextSettings, cache: Path) -> Corpus:
+    """The corpus that the settings name. What is made of it, a tokenizer and ids, is kept in a
+    folder under `cache` whose name is a digest of what they are made from."""
+    train = read_documents(Path(settings.text), r".*\.train|(?!dev\.txt$).*\.txt")
+    dev = read_documents(Path(settings.dev or settings.text), r".*\.dev|dev\.txt")
+    need(train, f"{settings.text} holds no *.train and no *.txt: expected training text.")
+    need(dev or not settings.dev, f"{settings.dev} holds no *.dev and no dev.txt: expected text.")
+    texts = [digest(*("\n".join(lines).encode() for lines in group)) for group in (train, dev)]
+    given = load_vocabulary(Path(settings.tokenizer)) if settings.tokenizer else None
+    origin = given.files["tokenizer.json"] if given else str(settings.vocab_size).encode()
+    folder = cache / f"text-{digest(texts[0].encode(), origin, settings.prefix.encode())[:12]}"
+    if not given and not (folder / "tokenizer.json").exists():
+        train_tokenizer(folder, train, settings.vocab_size)
+    vocabulary = given or load_vocabulary(folder)
+    name = digest(vocabulary.files["tokenizer.json"])
+    ids = [encode_once(folder / f"{part}.ids", vocabulary, documents, settings.prefix,
+                       {"text": text, "tokenizer": name}) if documents else np.zeros(0, np.uint16)
+           for part, documents, text in zip(("train", "dev"), (train, dev), texts)]
+    return Corpus(vocabulary, *ids, {"text": texts[0], "tokenizer": name})
+
+
+# -----------------------------------------------------------------------------
+# 2. Tokens to batches
+#
+# ids, seed, step  ->  inputs (B, T) and targets (B, T), the inputs' next tokens
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """How a step's rows are cut out of the text."""
+    context: int = setting(128, "T, the tokens of a row.", low=1)
+    batch_size: int = setting(32, "B, the rows of an optimizer step.", low=1)
+    random_offset: bool = setting(True, "Shift each row by 0 to T - 1 tokens, anew each epoch.")
+    seed: int = setting(0, "Seed of the weights, the order of the rows and dropout.")
+
+
+def count_rows(tokens: int, settings: BatchSettings) -> int:
+    """The rows of an epoch. A row needs T + 1 ids, and T - 1 more where it may be shifted."""
+    spare = settings.context - 1 if settings.random_offset else 0
+    return max(0, tokens - 1 - spare) // settings.context
+
+
+@functools.lru_cache(maxsize=2)
+def row_starts(rows: int, settings: BatchSettings, epoch: int) -> np.ndarray:
+    """Where the rows of an epoch start in the text, in the order of training: (rows,)."""
+    draw = np.random.default_rng([settings.seed, epoch])
+    starts = draw.permutation(rows) * settings.context
+    return starts + draw.integers(0, settings.context, rows) * settings.random_offset
+
+
+def batch_at(step: int, ids: np.ndarray, settings: BatchSettings) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of a step, (B, T) int64 each: a pure function of seed and step.
+
+    An epoch is one permutation of the rows, each once; what does not fill a batch is left out. As
+    there is no loader with a state, a run can go on from any step, and looking changes nothing.
+    """
+    B, T = settings.batch_size, settings.context
+    rows = count_rows(len(ids), settings)
+    epoch, i = divmod(step, rows // B)
+    starts = row_starts(rows, settings, epoch)[i * B:(i + 1) * B]
+    window = torch.from_numpy(ids[starts[:, None] + np.arange(T + 1)].astype(np.int64))
+    return window[:, :-1], window[:, 1:]
+
+
+# -----------------------------------------------------------------------------
+# 3. Models
+#
+# ids (B, T)  ->  hidden states (B, T, C), and a head (V, C) that makes logits of them
+#
+# Modules have Hugging Face's names, so that a state dict is what its files hold.
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """The shape of a model: the defaults are the paper's student of 58M parameters."""
+    model_type: str = setting("llama", "Architecture.", choices=("llama", "gpt2"))
+    width: int = setting(512, "C, the size of a hidden state.", low=1)
+    layers: int = setting(16, "Blocks of attention and feed-forward network.", low=1)
+    heads: int = setting(8, "H, the attention heads; each is D = C / H wide.", low=1)
+    kv_heads: int = setting(0, "Heads of keys and values (LLaMA); 0: as many as heads.")
+    inner: int = setting(1024, "Width inside the feed-forward network.", low=1)
+    positions: int = setting(256, "Longest sequence the model takes, in tokens.", low=1)
+    rope_theta: float = setting(10_000.0, "Base of the rotary wavelengths (LLaMA).", low=1)
+    norm_eps: float = setting(1e-6, "Added to the variance in a norm.")
+    tied: bool = setting(False, "Use the embedding as the head.")
+    dropout: float = setting(0.0, "Share of values dropped in training (GPT-2).", high=1)
+
+    def __post_init__(self):
+        C, H, kv_heads = self.width, self.heads, self.kv_heads or self.heads
+        need(C % H == 0, f"{H} heads do not divide the width {C}.")
+        need(H % kv_heads == 0, f"{kv_heads} heads of keys and values do not divide {H} heads.")
+        need(self.model_type != "llama" or C // H % 2 == 0, f"{H} heads in a width of {C} are "
+             f"{C // H} wide each: rotary positions need an even number.")
+
+
+def rotary_angles(T: int, D: int, theta: float, device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the angle of position t in plane d: two (T, D/2) tables."""
+    speed = theta ** -(torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)    # (D/2,)
+    angle = torch.outer(torch.arange(T, device=device, dtype=torch.float32), speed)      # (T, D/2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each vector by the angles of its position: (B, H, T, D) -> (B, H, T, D).
+
+    Plane d is made of coordinates d and d + D/2. After the turn, the dot product of a query at t
+    and a key at s depends on t - s alone, which is the point of rotary positions.
+    """
+    a, b = x.chunk(2, dim=-1)                                           # (B, H, T, D/2) each
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(B, T, H * D) -> (B, H, T, D)"""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+class LlamaAttention(nn.Module):
+    """Each position looks back at itself and at those before it: (B, T, C) -> (B, T, C).
+
+    With fewer heads of keys and values than of queries, neighbouring queries share one.
+    """
+
+    def __init__(self, config: ModelSettings):
+        super().__init__()
+        C, self.heads = config.width, config.heads
+        self.kv_heads = config.kv_heads or config.heads
+        self.q_proj = nn.Linear(C, C, bias=False)
+        self.k_proj = nn.Linear(C, C // self.heads * self.kv_heads, bias=False)
+        self.v_proj = nn.Linear(C, C // self.heads * self.kv_heads, bias=False)
+        self.o_proj = nn.Linear(C, C, bias=False)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q = rotate(split_heads(self.q_proj(x), self.heads), cos, sin)               # (B, H, T, D)
+        k = rotate(split_heads(self.k_proj(x), self.kv_heads), cos, sin)
+        v = split_heads(self.v_proj(x), self.kv_heads)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                           enable_gqa=self.kv_heads != self.heads)
+        return self.o_proj(y.transpose(1, 2).flatten(2))                            # (B, T, C)
+
+
+class LlamaMLP(nn.Module):
+    """SwiGLU: one half of the inner values opens or shuts the other. (B, T, C) -> (B, T, C)"""
+
+    def __init__(self, config: ModelSettings):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.width, config.inner, bias=False)
+        self.up_proj = nn.Linear(config.width, config.inner, bias=False)
+        self.down_proj = nn.Linear(config.inner, config.width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaBlock(nn.Module):
+    """Attention, then the feed-forward network, each added to its input: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: ModelSettings):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.width, config.norm_eps)
+        self.self_attn = LlamaAttention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.width, config.norm_eps)
+        self.mlp = LlamaMLP(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """LLaMA (Touvron et al. 2023): RMSNorm, rotary positions, SwiGLU, no biases."""
+
+    prefix = "model."               # before the names of all but the head, on disk
+
+    def __init__(self, config: ModelSettings, vocab_size: int):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(vocab_size, config.width)
+        self.layers = nn.ModuleList(LlamaBlock(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, config.norm_eps)
+        self.lm_head = None if config.tied else nn.Linear(config.width, vocab_size, bias=False)
+
+    @property
+    def head(self) -> Tensor:
+        """(V, C): the logits are hidden states times its transpose."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, C)"""
+        D = self.config.width // self.config.heads
+        cos, sin = rotary_angles(ids.shape[1], D, self.config.rope_theta, ids.device)
+        x = self.embed_tokens(ids)
+        for layer in self.layers:
+            x = layer(x, cos.to(x.dtype), sin.to(x.dtype))
+        return self.norm(x)
+
+
+class Conv1D(nn.Module):
+    """A linear layer whose weight is stored (in, out), as GPT-2's files have it."""
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(inputs, outputs))
+        self.bias = nn.Parameter(torch.empty(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.bias
+
+
+class GPT2Attention(nn.Module):
+    """As LlamaAttention, with biases, dropout and no rotation: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: ModelSettings):
+        super().__init__()
+        self.heads, self.dropout = config.heads, config.dropout
+        self.c_attn = Conv1D(config.width, 3 * config.width)
+        self.c_proj = Conv1D(config.width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (split_heads(part, self.heads) for part in self.c_attn(x).chunk(3, dim=-1))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        return F.dropout(self.c_proj(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
+
+
+class GPT2MLP(nn.Module):
+    """Widen, bend, narrow: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: ModelSettings):
+        super().__init__()
+        self.dropout = config.dropout
+        self.c_fc = Conv1D(config.width, config.inner)
+        self.c_proj = Conv1D(config.inner, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class GPT2Block(nn.Module):
+    """Attention, then the feed-forward network, each added to its input: (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: ModelSettings):
+        super().__init__()
+        self.ln_1, self.ln_2 = (nn.LayerNorm(config.width, config.norm_eps) for _ in range(2))
+        self.attn, self.mlp = GPT2Attention(config), GPT2MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT2(nn.Module):
+    """GPT-2 (Radford et al. 2019): LayerNorm, learned positions, GELU, biases everywhere."""
+
+    prefix = "transformer."
+
+    def __init__(self, config: ModelSettings, vocab_size: int):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(vocab_size, config.width)
+        self.wpe = nn.Embedding(config.positions, config.width)
+        self.h = nn.ModuleList(GPT2Block(config) for _ in range(config.layers))
+        self.ln_f = nn.LayerNorm(config.width, config.norm_eps)
+        self.lm_head = None if config.tied else nn.Linear(config.width, vocab_size, bias=False)
+
+    @property
+    def head(self) -> Tensor:
+        """(V, C): the logits are hidden states times its transpose."""
+        return self.wte.weight if self.lm_head is None else self.lm_head.weight
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, C)"""
+        x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
+        x = F.dropout(x, self.config.dropout, self.training)
+        for block in self.h:
+            x = block(x)
+        return self.ln_f(x)
+
+
+Model = Llama | GPT2
+ARCHITECTURES = {"llama": Llama, "gpt2": GPT2}
+
+
+def empty_model(config: ModelSettings, vocab_size: int) -> Model:
+    """A model of shapes without values, which costs nothing: to be counted or filled."""
+    with torch.device("meta"):
+        return ARCHITECTURES[config.model_type](config, vocab_size)
+
+
+def count_parameters(model: Model) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def new_model(config: ModelSettings, vocab_size: int, seed: int) -> Model:
+    """A model with Hugging Face's initial weights: N(0, 0.02) in matrices, 0 in biases, 1 in norms.
+
+    GPT-2's projections back into the residual stream are divided by sqrt(2 * layers), so that the
+    sum of all branches keeps its size. A generator of its own, on the CPU, draws the same weights
+    for every device.
+    """
+    model = empty_model(config, vocab_size).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            else:
+                scale = math.sqrt(2 * config.layers) if name.endswith("c_proj.weight") else 1.0
+                parameter.normal_(0.0, 0.02 / scale, generator=generator)
+    return model
+
+
+# -----------------------------------------------------------------------------
+# 4. Divergences
+#
+# log q, log p (n, V): the student's and the teacher's log-probabilities
+#   ->  the divergence of each row (n,) and its gradient with respect to the student's logits (n, V)
+#
+# To add one: write such a function and name it in DIVERGENCES.
+
+def forward_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p || q) = sum p (log p - log q), with gradient q - p (AKL paper, Eq. 5).
+
+    The teacher's probabilities weigh the error: the student must cover all that the teacher says.
+    """
+    p = log_p.exp()
+    return (p * (log_p - log_q)).sum(-1), log_q.exp() - p
+
+
+def reverse_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(q || p) = sum q r with r = log q - log p, with gradient q (r - KL) (the paper's Eq. 5).
+
+    The student's own probabilities weigh it: what it says must be what the teacher would say.
+    """
+    q, r = log_q.exp(), log_q - log_p
+    value = (q * r).sum(-1)
+    return value, q * (r - value[:, None])
+
+
+DIVERGENCES = {"fkl": forward_kl, "rkl": reverse_kl}
+
+
+# -----------------------------------------------------------------------------
+# 5. The fused loss
+#
+# student hidden (N, C), head (V, C), teacher hidden (N, C'), head (V, C'), targets (N,)
+#   ->  three numbers, without ever holding N rows of V logits
+
+@dataclass(frozen=True)
+class LossSettings:
+    """What the student is asked to do (the paper's Eqs. 1, 2, 3 and 9)."""
+    objective: str = setting("ce", "Cross-entropy alone, or with a divergence from the teacher.",
+                             choices=("ce", *DIVERGENCES))
+    temperature: float = setting(2.0, "tau, by which all logits are divided (Eqs. 6, 7).", low=1e-3)
+    alpha: float = setting(0.5, "Weight of cross-entropy; the rest is divergence (Eq. 9).", high=1)
+    beta: float = setting(1.0, "Teacher's share of the mixed logits (Eq. 2); 1: no mixing.", high=1)
+    progressive: bool = setting(False, "Lower beta from epoch to epoch (Eq. 3).")
+
+
+class FusedLoss(torch.autograd.Function):
+    """Cross-entropy and divergence of N tokens, with their gradients, a chunk of rows at a time.
+
+    With z the student's logits, w the teacher's, as in the paper's Eqs. 1, 2 and 6 to 9,
+
+        q = softmax(z / tau)     p = softmax((beta w + (1 - beta) z) / tau)
+        loss = sum over tokens of  alpha CE(z, target) + (1 - alpha) tau^2 D(q, p)
+
+    where the z within p is held constant <- differs (4): log q - log p = beta (z - w) / tau up to a
+    constant, so the gradient of the reverse KL is exactly beta times that of the unmixed one. Under
+    RKL "mixing outputs" is a weight on the distillation, and Eq. 3 a schedule of that weight.
+
+    As the gradient with respect to z is known in closed form, each chunk is finished at once: its
+    logits are made, turned into their own gradient, multiplied back, and forgotten. The sums of
+    the chunks add up to the whole: the paper's step-wise loss (segments of k = 5) is this loss.
+
+    <- differs (3): the caller divides by the number of tokens, both parts alike.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, settings, beta, chunk):
+        """Sums over the N tokens: the loss, and (2,) cross-entropy and tau^2 times divergence.
+
+        hidden (N, C), head (V, C), targets (N,), teacher_hidden (N, C'), teacher_head (V, C'); the
+        teacher's may be None where the objective is ce.
+        """
+        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head)
+        parts = hidden.new_zeros(2, dtype=torch.float64)            # cross-entropy, divergence
+        divergence = DIVERGENCES.get(settings.objective)
+        tau, alpha = settings.temperature, settings.alpha if divergence else 1.0
+        for i in range(0, len(hidden), chunk):
+            rows = slice(i, i + chunk)
+            z, target = hidden[rows] @ head.T, targets[rows, None]                      # (n, V)
+            log_q = z.log_softmax(-1)
+            parts[0] -= log_q.gather(1, target).sum(dtype=torch.float64)
+            d_z = log_q.exp_()                                                          # dCE/dz
+            d_z.scatter_add_(1, target, -torch.ones_like(d_z[:, :1]))       # softmax(z) - onehot
+            if divergence:
+                mixed = torch.lerp(z, teacher_hidden[rows] @ teacher_head.T, beta)      # Eq. 2
+                value, d_a = divergence((z / tau).log_softmax(-1), (mixed / tau).log_softmax(-1))
+                parts[1] += tau * tau * value.sum(dtype=torch.float64)
+                d_z.mul_(alpha).add_(d_a, alpha=(1 - alpha) * tau)      # a = z / tau: one tau less
+            torch.mm(d_z, head, out=d_hidden[rows])
+            d_head.addmm_(d_z.T, hidden[rows])
+        ctx.save_for_backward(d_hidden, d_head)
+        ctx.mark_non_differentiable(parts)
+        return (alpha * parts[0] + (1 - alpha) * parts[1]).to(hidden.dtype), parts
+
+    @staticmethod
+    def backward(ctx, d_loss, _):
+        """The gradients were made on the way forward; whatever the sum is divided by comes in here,
+        after the products, where it cannot make half-precision values vanish."""
+        d_hidden, d_head = ctx.saved_tensors
+        return d_hidden * d_loss, d_head * d_loss, None, None, None, None, None, None
+
+
+def token_log_probabilities(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int) -> Tensor:
+    """log softmax(hidden head^T)[target] for each row: (N, C), (V, C), (N,) -> (N,)."""
+    scores = torch.empty_like(targets, dtype=hidden.dtype)
+    for i in range(0, len(hidden), chunk):
+        logits = hidden[i:i + chunk] @ head.T                                           # (n, V)
+        chosen = logits.gather(1, targets[i:i + chunk, None])[:, 0]
+        scores[i:i + chunk] = chosen - logits.logsumexp(-1)
+    return scores
+
+
+class Coach:
+    """One or more teachers as one.
+
+    BabyLlama averages its teachers' logits. The mean of K products is one product: hidden states
+    side by side, times heads side by side divided by K.
+    """
+
+    def __init__(self, teachers: list[Model]):
+        self.teachers = teachers
+        with torch.no_grad():
+            self.head = torch.cat([t.head for t in teachers], dim=1) / len(teachers)    # (V, C')
+
+    @torch.no_grad()
+    def hidden(self, ids: Tensor) -> Tensor:
+        """(B, T) -> (B, T, C'), C' the sum of the teachers' widths"""
+        return torch.cat([teacher.hidden(ids) for teacher in self.teachers], dim=-1)
+
+
+# -----------------------------------------------------------------------------
+# 6. Schedules and the optimizer
+#
+# step -> learning rate, epoch -> beta: pure functions, so there is no scheduler to save
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW and how long it runs."""
+    epochs: int = setting(6, "Passes over the text.", low=1)
+    steps: int = setting(0, "Stop after this many optimizer steps; 0: when the epochs end.")
+    lr: float = setting(2.5e-4, "Peak learning rate.")
+    warmup: int = setting(200, "Steps in which the learning rate rises to its peak.")
+    weight_decay: float = setting(0.01, "Decay of matrices; vectors have none.")
+    beta2: float = setting(0.999, "AdamW's memory of the squared gradient.", high=0.99999)
+    clip: float = setting(1.0, "Longest gradient, as a norm over all weights; 0: any length.")
+
+
+def lr_at(step: int, steps: int, settings: OptimizerSettings) -> float:
+    """The learning rate of a step <- differs (5): the paper's cosine has T_max = 500.
+
+    1) warmup: a line from 0 that would reach the peak at step `warmup`; 2) a cosine from the peak
+    that would reach 0 at step `steps`.
+    """
+    if step < settings.warmup:
+        return settings.lr * (step + 1) / (settings.warmup + 1)
+    done = (step - settings.warmup) / max(1, steps - settings.warmup)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def beta_at(epoch: int, epochs: int, settings: LossSettings) -> float:
+    """The teacher's share of the mixed logits in an epoch counted from 0 (Eq. 3)."""
+    if not settings.progressive:
+        return settings.beta
+    return max(0.1, settings.beta * (1 - epoch / epochs))
+
+
+def make_optimizer(model: Model, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """AdamW over all parameters, with weight decay for the matrices alone."""
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=True)
+
+
+# -----------------------------------------------------------------------------
+# 7. Run folders
+#
+# a model and its vocabulary  <->  a folder that Hugging Face's tools load as it is
+
+HF_KEYS = {         # our setting: the key in config.json, and what holds where that is missing
+    "llama": {"width": ("hidden_size", None), "layers": ("num_hidden_layers", None),
+              "heads": ("num_attention_heads", None), "kv_heads": ("num_key_value_heads", 0),
+              "inner": ("intermediate_size", None), "positions": ("max_position_embeddings", 2048),
+              "rope_theta": ("rope_theta", 10_000.0), "norm_eps": ("rms_norm_eps", 1e-6),
+              "tied": ("tie_word_embeddings", False)},
+    "gpt2": {"width": ("n_embd", None), "layers": ("n_layer", None), "heads": ("n_head", None),
+             "inner": ("n_inner", None), "positions": ("n_positions", 1024),
+             "norm_eps": ("layer_norm_epsilon", 1e-5), "dropout": ("resid_pdrop", 0.1),
+             "tied": ("tie_word_embeddings", True)}}
+HF_FIXED = {        # what our models always do: written on saving, demanded on loading
+    "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
+    "gpt2": {"activation_function": "gelu_new", "scale_attn_weights": True,
+             "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def to_hf_config(config: ModelSettings, vocabulary: Vocabulary) -> dict:
+    """What config.json says of a model."""
+    kind, prefix = config.model_type, vocabulary.prefix_id
+    config = replace(config, kv_heads=config.kv_heads or config.heads)
+    sizes = {key: getattr(config, name) for name, (key, _) in HF_KEYS[kind].items()}
+    if kind == "gpt2":
+        sizes |= {"attn_pdrop": config.dropout, "embd_pdrop": config.dropout}
+    return {"architectures": ["LlamaForCausalLM" if kind == "llama" else "GPT2LMHeadModel"],
+            "model_type": kind, "vocab_size": vocabulary.size, **sizes, **HF_FIXED[kind],
+            "bos_token_id": prefix,
+            "eos_token_id": vocabulary.tokenizer.token_to_id("</s>") or prefix,
+            "initializer_range": 0.02, "dtype": "float32"}
+
+
+def from_hf_config(path: Path) -> tuple[ModelSettings, int]:
+    """Shape and V of the model that a config.json describes. Error: one that is not built here."""
+    raw = read_json(path)
+    kind = raw.get("model_type")
+    need(kind in HF_KEYS, f"{path}: model_type is {kind!r}: expected {' or '.join(HF_KEYS)}.")
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    need(isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) == "default",
+         f"{path}: rotary positions are scaled, by {rope}: expected plain ones.")
+    raw = {**rope, **raw}                           # newer files have rope_theta one level down
+    for key, value in HF_FIXED[kind].items():
+        need(raw.get(key, value) == value, f"{path}: {key} is {raw[key]!r}: expected {value!r}.")
+    if kind == "gpt2" and raw.get("n_inner") is None and type(raw.get("n_embd")) is int:
+        raw["n_inner"] = 4 * raw["n_embd"]
+    values = {name: raw[key] if raw.get(key) is not None else missing
+              for name, (key, missing) in HF_KEYS[kind].items()}
+    config = ModelSettings(model_type=kind, **{
+        field.name: checked(field, values[field.name], f"{path}: {HF_KEYS[kind][field.name][0]}")
+        for field in fields(ModelSettings) if field.name in values})
+    V, D = raw.get("vocab_size"), config.width // config.heads
+    need(type(V) is int and V > 0, f"{path}: vocab_size is {V!r}: expected a number of tokens.")
+    need(raw.get("head_dim") in (None, D), f"{path}: head_dim is {raw.get('head_dim')}: expected "
+         f"width / heads = {D}.")
+    return config, V
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file: its header's length in 8 bytes, the header in JSON, the raw values."""
+    header, end, codes = {"__metadata__": {"format": "pt"}}, 0, {v: k for k, v in DTYPES.items()}
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)                 # the values start at a multiple of 8 bytes
+    with written_whole(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, mapped rather than read. Error: what does not add up."""
+    need(path.exists(), f"{path} is missing: expected the weights as safetensors (pickles, such as "
+         "pytorch_model.bin, are never opened).")
+    broken = f"{path} is damaged or no safetensors file: "
+    need(path.stat().st_size > 8, broken + "it has less than 9 bytes.")
+    content = np.memmap(path, np.uint8, "c")
+    length = int.from_bytes(content[:8].tobytes(), "little")
+    need(8 + length <= len(content), broken + f"its header should have {length:,} bytes, the whole "
+         f"file has {len(content):,}.")
+    try:
+        header = dict(json.loads(content[8:8 + length].tobytes()))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise click.ClickException(broken + f"its header is not a JSON object ({error}).")
+    values, tensors = content[8 + length:], {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape, (start, end) = (DTYPES[entry["dtype"]], entry["shape"],
+                                          entry["data_offsets"])
+            sound = all(type(n) is int and n >= 0 for n in (*shape, start, end)) \
+                and end - start == math.prod(shape) * dtype.itemsize
+        except (KeyError, TypeError, ValueError):
+            sound = False
+        need(sound, broken + f"its entry for {name!r} is {str(entry)[:100]}.")
+        need(end <= len(values), broken + f"{name!r} ends at byte {end:,} of {len(values):,}.")
+        raw = torch.from_numpy(values[start:end])
+        tensors[name] = (raw.view(dtype) if len(raw) else torch.empty(0)).view(shape)
+    return tensors
+
+
+def save_model(folder: Path, model: Model, vocabulary: Vocabulary) -> None:
+    """Write the model's folder, the weights last: a folder that has them is finished."""
+    write_json(folder / "config.json", to_hf_config(model.config, vocabulary))
+    for name, content in vocabulary.files.items():
+        with written_whole(folder / name) as file:
+            file.write(content)
+    write_safetensors(folder / "model.safetensors", {
+        (name if name.startswith("lm_head") else model.prefix + name): parameter
+        for name, parameter in model.named_parameters()})
+
+
+def load_model(folder: Path, device: str) -> tuple[Model, Vocabulary]:
+    """The model, in fp32, and the vocabulary of a run or any Hugging Face LLaMA or GPT-2 folder.
+
+    Shards that an index file names are read; so are older GPT-2 files, which hold causal masks and
+    whose names lack "transformer.". Error: weights that are not those of config.json.
+    """
+    need(folder.is_dir(), f"{folder} is not a folder: expected one with config.json, "
+         "tokenizer.json and model.safetensors.")
+    config, V = from_hf_config(folder / "config.json")
+    vocabulary, index = load_vocabulary(folder), folder / "model.safetensors.index.json"
+    need(vocabulary.size <= V, f"{folder}: tokenizer.json has {vocabulary.size:,} tokens, but "
+         f"config.json a vocab_size of {V:,}: expected at least as many.")
+    shards = {"": "model.safetensors"}
+    if index.exists() and not (folder / "model.safetensors").exists():
+        shards = read_json(index).get("weight_map")
+        need(isinstance(shards, dict), f"{index}: weight_map is {shards!r}: expected an object.")
+    model, found = empty_model(config, V), {}
+    for shard in sorted({Path(str(name)).name for name in shards.values()}):
+        found |= {name.removeprefix(model.prefix): tensor
+                  for name, tensor in read_safetensors(folder / shard).items()
+                  if not re.search(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$", name)}
+    if config.tied:
+        found.pop("lm_head.weight", None)           # some files hold it twice
+    wanted = dict(model.named_parameters())
+    for name in sorted(wanted.keys() | found.keys()):
+        want, have = (list(group[name].shape) if name in group else "none"
+                      for group in (wanted, found))
+        need(want == have, f"{folder}: the weights have {name!r} as {have}, config.json asks for "
+             f"{want}: they are not of one model.")
+    model.to_empty(device=device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(found[name])
+    return model.eval(), vocabulary
+
+
+# -----------------------------------------------------------------------------
+# 8. Training
+#
+# settings, corpus, teachers  ->  a trained model in its run folder
+
+@dataclass(frozen=True)
+class Settings(OptimizerSettings, LossSettings, ModelSettings, BatchSettings, TextSettings):
+    """All settings of a run. Those named here say how it is carried out, not what is learnt."""
+    teachers: int = setting(0, "How many of the config's teachers to learn from.", high=2)
+    device: str = setting("auto", "Where to compute; auto: cuda if there is one.",
+                          choices=("auto", "cpu", "cuda"))
+    micro_batch: int = setting(0, "Rows in memory at once, a divisor of the batch; 0: all.")
+    chunk: int = setting(512, "Rows of logits that the loss holds at once.", low=1)
+    eval_every: int = setting(0, "Steps between held-out losses; 0: only one, at the end.")
+    dev_tokens: int = setting(0, "Read about this many held-out tokens, evenly spread; 0: all.")
+    pairs: str = setting("", "Folder of minimal pairs to score at the end; empty: data/blimp if it "
+                         "is there, else data/tiny/blimp.", path=True)
+    sample: int = setting(0, "Score about this many pairs, evenly spread; 0: all.")
+
+    def __post_init__(self):
+        super().__post_init__()
+        need(not self.micro_batch or self.batch_size % self.micro_batch == 0, "--micro-batch "
+             f"{self.micro_batch} does not divide --batch-size {self.batch_size}.")
+        need(self.context <= self.positions, f"--context {self.context} is longer than what the "
+             f"model takes, --positions {self.positions}.")
+        need(self.objective == "ce" or self.teachers, f"--objective {self.objective} needs a "
+             "teacher: add --teachers 1.")
+
+    def learnt(self) -> dict:
+        """The settings that decide what a model learns: none of this class's own, no paths."""
+        names = {field.name for parent in Settings.__mro__[1:-1] for field in fields(parent)
+                 if not field.metadata["path"]}
+        return {name: value for name, value in asdict(self).items() if name in names}
+
+
+def count_steps(tokens: int, settings: Settings) -> tuple[int, int]:
+    """Steps of the run, steps of an epoch. Error: less text than one batch."""
+    per_epoch = count_rows(tokens, settings) // settings.batch_size
+    need(per_epoch, f"{settings.text} has {tokens:,} tokens, less than a batch of "
+         f"{settings.batch_size} rows of {settings.context}: add text, or lower --batch-size or "
+         "--context.")
+    return settings.steps or per_epoch * settings.epochs, per_epoch
+
+
+def dropout_seed(seed: int, step: int) -> int:
+    """The seed of a step's dropout, the only thing that draws on torch's global stream."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
+
+
+def train_step(model: Model, optimizer: torch.optim.Optimizer, coach: Coach | None, inputs: Tensor,
+               targets: Tensor, settings: Settings, beta: float) -> dict[str, float]:
+    """One optimizer step on inputs and targets (B, T): its losses and its gradient's norm.
+
+    Each micro-batch is divided by the tokens of the whole step: accumulating changes nothing.
+    """
+    rows, tokens = settings.micro_batch or len(inputs), targets.numel()
+    losses = torch.zeros(3, dtype=torch.float64, device=inputs.device)
+    optimizer.zero_grad()
+    for ids, target in zip(inputs.split(rows), targets.split(rows)):
+        coached = coach.hidden(ids).flatten(0, 1) if coach else None                # (N, C')
+        loss, parts = FusedLoss.apply(
+            model.hidden(ids).flatten(0, 1), model.head, target.flatten(), coached,
+            coach and coach.head, settings, beta, settings.chunk)
+        (loss / tokens).backward()
+        losses += torch.cat([loss.detach().double()[None], parts]) / tokens
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf)
+    optimizer.step()
+    loss, ce, kl = losses.tolist()
+    return {"loss": loss, "ce": ce, **({"kl": kl} if coach else {}), "norm": norm.item()}
+
+
+@torch.no_grad()
+def held_out_loss(model: Model, ids: np.ndarray, settings: Settings) -> float | None:
+    """Cross-entropy of the held-out text in nats per token; None if there is less than a row.
+
+    The rows of T tokens are fixed: all of them, or every k-th where `dev_tokens` asks for fewer.
+    """
+    T, was_training, total = settings.context, model.training, 0.0
+    starts = np.arange(0, len(ids) - T, T)
+    starts = starts[::max(1, round(len(ids) / (settings.dev_tokens or max(1, len(ids)))))]
+    model.eval()
+    for i in range(0, len(starts), settings.batch_size):
+        window = ids[starts[i:i + settings.batch_size, None] + np.arange(T + 1)].astype(np.int64)
+        window = torch.from_numpy(window).to(model.head.device)
+        scores = token_log_probabilities(model.hidden(window[:, :-1]).flatten(0, 1), model.head,
+                                         window[:, 1:].flatten(), settings.chunk)
+        total -= scores.sum(dtype=torch.float64).item()
+    model.train(was_training)
+    return total / (len(starts) * T) if len(starts) else None
+
+
+def describe_run(settings: Settings, corpus: Corpus, teachers: list[Path], device: str) -> dict:
+    """What run.json says: all that it takes to know, and to repeat, what was done."""
+    weights = [digest((folder / "model.safetensors").read_bytes()) for folder in teachers]
+    code, prefix = Path(__file__).read_bytes(), corpus.vocabulary.prefix_id
+    return {"argv": sys.argv[1:], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "settings": asdict(settings), "teachers": [str(folder) for folder in teachers],
+            "digests": {**corpus.digests, "choobaca.py": digest(code), "teachers": weights},
+            "prefix_token": corpus.vocabulary.tokenizer.id_to_token(prefix),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "numpy": np.__version__}, "machine": platform.platform(),
+            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+            "threads": torch.get_num_threads()}
+
+
+def fit(settings: Settings, corpus: Corpus, teachers: list[Model], out: Path, device: str,
+        name: str) -> Model:
+    """The trained model; its folder has the log from the first step, and the weights at the end.
+
+    Nothing beside `train_step` has a part in what is learnt, looking at held-out text least of all:
+    the batch, the rates and dropout's stream are functions of the step.
+    """
+    steps, per_epoch = count_steps(len(corpus.train), settings)
+    model = new_model(settings, corpus.vocabulary.size, settings.seed).to(device).train()
+    optimizer, coach = make_optimizer(model, settings), Coach(teachers) if teachers else None
+    begin = time.perf_counter()
+    with open(out / "log.jsonl", "w", buffering=1) as log, \
+            tqdm(total=steps, desc=name, unit=" steps", dynamic_ncols=True) as bar:
+        for step in range(steps):
+            inputs, targets = (x.to(device) for x in batch_at(step, corpus.train, settings))
+            beta = beta_at(step // per_epoch, math.ceil(steps / per_epoch), settings)
+            rates = ({"beta": beta} if coach else {}) | {"lr": lr_at(step, steps, settings)}
+            for group in optimizer.param_groups:
+                group["lr"] = rates["lr"]
+            torch.manual_seed(dropout_seed(settings.seed, step))
+            line = train_step(model, optimizer, coach, inputs, targets, settings, beta) | rates
+            need(math.isfinite(line["loss"]), f"{out}: the loss of step {step + 1} is "
+                 f"{line['loss']}: try a lower --lr.")
+            seconds, last = time.perf_counter() - begin, step + 1 == steps
+            speed = (step + 1) * targets.numel() / seconds
+            log.write(json.dumps({"step": step + 1, **line, "seconds": seconds,
+                                  "tokens_per_second": speed}) + "\n")
+            shown = " ".join(f"{key} {value:.3g}" for key, value in line.items())
+            bar.set_postfix_str(f"{shown}, {speed:,.0f} tokens/s", refresh=False)
+            bar.update()
+            if step == 4:
+                minutes = seconds / (step + 1) * steps / 60
+                bar.write(f"{name}: about {minutes:.1f} minutes", file=sys.stderr)
+            if last:
+                save_model(out, model, corpus.vocabulary)
+            if last or settings.eval_every and (step + 1) % settings.eval_every == 0:
+                loss = held_out_loss(model, corpus.dev, settings)
+                log.write(json.dumps({"step": step + 1, "dev_loss": loss}) + "\n")
+    return model.eval()
+
+
+# -----------------------------------------------------------------------------
+# 9. Minimal pairs
+#
+# two sentences that differ in one point of grammar: is the good one the likelier?
+#
+# The rule is the BabyLM 2024 pipeline's: a sentence is scored after the prefix token and with a
+# leading space; its score is the sum over all its tokens; a tie counts for the good sentence.
+
+class Pair(NamedTuple):
+    """One line of a BLiMP file."""
+    good: str
+    bad: str
+    paradigm: str
+    phenomenon: str
+
+
+def default_pairs() -> Path:
+    """BLiMP if it has been put into data/blimp, else the small set that comes with this file."""
+    blimp = HOME / "data/blimp"
+    return blimp if any(blimp.glob("*.jsonl")) else HOME / "data/tiny/blimp"
+
+
+def group_by(items, key) -> dict[str, list]:
+    """Items by key, in the order of first appearance."""
+    groups = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def read_pairs(folder: Path, sample: int = 0) -> list[Pair]:
+    """The pairs in a folder's *.jsonl, or about `sample` of them, the same share of each paradigm.
+
+    Error: no such folder or file, a line without sentence_good and sentence_bad.
+    """
+    paths, pairs = sorted(folder.glob("*.jsonl")), []
+    need(paths, f"{folder} holds no *.jsonl: expected a folder of minimal pairs.")
+    for path in paths:
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            try:
+                item = json.loads(line)
+                texts = item["sentence_good"], item["sentence_bad"]
+            except (ValueError, TypeError, KeyError, RecursionError):
+                texts = (None, None)
+            need(all(isinstance(text, str) for text in texts), f"{path}, line {number}: expected a "
+                 f"JSON object with strings sentence_good and sentence_bad, found {line[:60]!r}.")
+            paradigm = str(item.get("UID", path.stem))
+            term = str(item.get("linguistics_term", paradigm))
+            pairs.append(Pair(*texts, paradigm, term.replace("s-selection", "argument_structure")))
+    need(pairs, f"{folder}: its *.jsonl are empty: expected minimal pairs.")
+    share = min(1.0, sample / len(pairs)) if sample else 1.0
+    groups, draw = group_by(pairs, lambda pair: pair.paradigm), np.random.default_rng(0)
+    return [group[i] for group in groups.values()
+            for i in sorted(draw.permutation(len(group))[:max(1, round(share * len(group)))])]
+
+
+def encode_sentences(vocabulary: Vocabulary, sentences: list[str],
+                     positions: int) -> list[list[int]]:
+    """The ids of each sentence after the prefix token. Error: one is too long for the model."""
+    lines = vocabulary.tokenizer.encode_batch([" " + text for text in sentences],
+                                              add_special_tokens=False)
+    for line, text in zip(lines, sentences):
+        need(len(line.ids) <= positions, f"{text[:60]!r} has {len(line.ids)} tokens: expected no "
+             f"more than the model's {positions} positions.")
+    return [[vocabulary.prefix_id, *line.ids] for line in lines]
+
+
+TOKENS_AT_ONCE = 2048       # in a batch of sentences: larger ones fall out of a processor's cache
+
+
+@torch.no_grad()
+def score_sentences(model: Model, vocabulary: Vocabulary, sentences: list[str],
+                    name: str) -> np.ndarray:
+    """The log-probability of each sentence in nats, summed in float64: (sentences,).
+
+    Equal sentences are scored once, so that they tie. Sentences of like length share a batch,
+    filled up on the right with token 0, which no position before it can see.
+    """
+    unique, totals = list(dict.fromkeys(sentences)), {}
+    ids = encode_sentences(vocabulary, unique, model.config.positions)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    with tqdm(total=len(ids), desc=name, unit=" sentences", leave=False) as bar:
+        while order:                                                # the longest first
+            length = len(ids[order[-1]])
+            rows = max(1, TOKENS_AT_ONCE // length)
+            batch, order = order[-rows:], order[:-rows]
+            window = torch.tensor([ids[i] + [0] * (length - len(ids[i])) for i in batch],
+                                  device=model.head.device)                         # (B, T + 1)
+            scores = token_log_probabilities(model.hidden(window[:, :-1]).flatten(0, 1),
+                                             model.head, window[:, 1:].flatten(), TOKENS_AT_ONCE)
+            for i, row in zip(batch, scores.double().cpu().view(len(batch), -1)):
+                totals[unique[i]] = row[:len(ids[i]) - 1].sum().item()
+            bar.update(len(batch))
+    return np.array([totals[text] for text in sentences])
+
+
+def mean_row(rows: list[dict]) -> dict:
+    """The unweighted mean of accuracies, with its standard error: the errors' root sum of squares
+    over their number."""
+    return {"accuracy": float(np.mean([row["accuracy"] for row in rows])),
+            "stderr": math.hypot(*(row["stderr"] for row in rows)) / len(rows),
+            "n": sum(row["n"] for row in rows), "ties": sum(row["ties"] for row in rows)}
+
+
+def score_pairs(model: Model, vocabulary: Vocabulary, pairs: list[Pair], name: str) -> dict:
+    """Accuracy overall, by phenomenon and by paradigm, with standard error, n and ties.
+
+    "accuracy" is the unweighted mean of the paradigms, as in BabyLM and lm-evaluation-harness; a
+    phenomenon is the mean of its paradigms. A paradigm's standard error divides by n - 1.
+    """
+    scores = score_sentences(model, vocabulary, [text for pair in pairs for text in pair[:2]], name)
+    margins, paradigms = scores[::2] - scores[1::2], {}
+    for uid, members in group_by(range(len(pairs)), lambda i: pairs[i].paradigm).items():
+        n, accuracy = len(members), float(np.mean(margins[members] >= 0))
+        paradigms[uid] = {"phenomenon": pairs[members[0]].phenomenon, "accuracy": accuracy, "n": n,
+                          "stderr": math.sqrt(accuracy * (1 - accuracy) / max(1, n - 1)),
+                          "ties": int(np.sum(margins[members] == 0))}
+    phenomena = group_by(paradigms.values(), lambda row: row["phenomenon"])
+    return {**mean_row(list(paradigms.values())), "paradigms": paradigms,
+            "phenomena": {term: mean_row(rows) for term, rows in sorted(phenomena.items())},
+            "prefix_token": vocabulary.tokenizer.id_to_token(vocabulary.prefix_id)}
+
+
+def pairs_table(results: dict[str, dict]) -> str:
+    """The scores of one or more models on the same pairs, side by side, in percent."""
+    first, *_ = columns = list(results.values())
+    lines = [("accuracy and standard error, in %", "n", [f"{name:>14}" for name in results])]
+
+    def add(label: str, rows: list[dict]) -> None:
+        cells = [f"{100 * row['accuracy']:7.1f} ± {100 * row['stderr']:4.1f}" for row in rows]
+        lines.append((label, f"{rows[0]['n']:,}", cells))
+
+    for term in first["phenomena"]:
+        add(term, [column["phenomena"][term] for column in columns])
+        members = [uid for uid, row in first["paradigms"].items() if row["phenomenon"] == term]
+        for uid in members if members != [term] else []:
+            add("  " + uid, [column["paradigms"][uid] for column in columns])
+    add(f"mean of {len(first['paradigms'])} paradigms", columns)
+    lines.append(("ties, given to the good sentence", "", [f"{c['ties']:>14,}" for c in columns]))
+    width = max(len(label) for label, _, _ in lines)
+    return "\n".join(f"{label:<{width}} {n:>7}  {'  '.join(cells)}" for label, n, cells in lines)
+
+
+# -----------------------------------------------------------------------------
+# 10. The command line
+#
+# defaults < the config's TOML < flags  ->  settings  ->  train, eval-blimp
+
+KNOWN = {field.name: field for field in fields(Settings)}
+
+
+def settings_flags(command):
+    """The command with a flag for every setting, None where it is not given."""
+    for field in reversed(KNOWN.values()):
+        flag = "--" + field.name.replace("_", "-")
+        kind = click.Choice(field.metadata["choices"]) if field.metadata["choices"] else field.type
+        default = str(field.default).removeprefix(f"{HOME}/") or "none"
+        command = click.option(
+            flag + f"/--no-{flag[2:]}" * (kind is bool), field.name, default=None, type=kind,
+            help=f"{field.metadata['help']}  [default: {default}]")(command)
+    return command
+
+
+def check_keys(table: dict, source: str, folder: Path) -> dict:
+    """The settings in a table of a TOML file, checked; paths are taken from the file's folder."""
+    values = {}
+    for key, value in table.items():
+        near = difflib.get_close_matches(key, KNOWN, 1, 0.0)
+        need(key in KNOWN, f"{source}: unknown key {key!r}; did you mean {near[0]!r}?")
+        value = checked(KNOWN[key], value, f"{source}: {key}")
+        values[key] = str(folder / value) if KNOWN[key].metadata["path"] and value else value
+    return values
+
+
+def read_config(path: Path) -> tuple[dict, list[dict]]:
+    """The student's settings and each teacher's, from a TOML file."""
+    try:
+        raw = tomllib.loads(path.read_bytes().decode())
+    except (ValueError, RecursionError) as error:
+        raise click.ClickException(f"{path} is not TOML: {error}.")
+    tables = raw.pop("teacher", [])
+    need(isinstance(tables, list) and all(isinstance(table, dict) for table in tables),
+         f"{path}: teacher is not a list of tables: expected each under [[teacher]].")
+    return check_keys(raw, str(path), path.parent), [
+        check_keys(table, f"{path}, teacher {i}", path.parent) for i, table in enumerate(tables, 1)]
+
+
+def read_settings(config: Path, flags: dict,
+                  teachers: list[Path]) -> tuple[Settings, list[Settings]]:
+    """The run's settings, and those of the teachers that the config describes for it.
+
+    A teacher's settings are the run's own, but for its table and for what makes a distillation.
+    Error: settings that are unknown or do not fit, more teachers than the config describes.
+    """
+    values, tables = read_config(config)
+    for name, value in flags.items():
+        if value is not None:
+            values[name] = checked(KNOWN[name], value, "--" + name.replace("_", "-"))
+    if values.get("objective", "ce") == "ce":
+        need(not teachers and not flags["teachers"], "--objective ce has no teacher: leave out "
+             "--teachers and --teacher, or choose another objective.")
+        values["teachers"] = 0
+    if teachers:
+        need(len(teachers) <= 2, f"--teacher is given {len(teachers)} times: expected 1 or 2.")
+        tables, values["teachers"] = [], len(teachers)
+        values["tokenizer"] = values.get("tokenizer") or str(teachers[0])
+    settings = Settings(**values)
+    need(teachers or settings.teachers <= len(tables), f"--teachers {settings.teachers}: {config} "
+         f"describes {len(tables)}: add a table [[teacher]], or name a folder with --teacher.")
+    plain = {field.name: field.default for field in fields(LossSettings)} | {"teachers": 0}
+    tables = tables[:settings.teachers]
+    return settings, [replace(settings, **{**plain, **table}) for table in tables]
+
+
+def teacher_folder(settings: Settings, corpus: Corpus, runs: Path) -> Path:
+    """Where a teacher of these settings and this text lies. The name has their digest, so that what
+    is found there is the very teacher that is asked for."""
+    facts = json.dumps([settings.learnt(), corpus.digests]).encode()
+    return runs / f"teacher-{settings.model_type}-{digest(facts)[:8]}"
+
+
+def load_teacher(folder: Path, corpus: Corpus, device: str) -> Model:
+    """A trained teacher. Error: its vocabulary is not the student's."""
+    teacher, vocabulary = load_model(folder, device)
+    same = vocabulary.tokenizer.get_vocab() == corpus.vocabulary.tokenizer.get_vocab()
+    need(same and len(teacher.head) == corpus.vocabulary.size, f"{folder} has another vocabulary "
+         f"({vocabulary.size:,} tokens, {len(teacher.head):,} rows of embeddings) than the student "
+         f"({corpus.vocabulary.size:,} tokens): expected the very same one.")
+    return teacher
+
+
+def describe_plan(name: str, out: Path, settings: Settings | None, corpus: Corpus) -> str:
+    """One line on a model that will be trained; without settings, on one that is there."""
+    if settings is None:
+        return f"{name:<9} {out}: there already, used as it is"
+    steps, per_epoch = count_steps(len(corpus.train), settings)
+    size = count_parameters(empty_model(settings, corpus.vocabulary.size))
+    return (f"{name:<9} {out}: {settings.model_type}, {size:,} parameters, {settings.objective}, "
+            f"{steps:,} steps of {settings.batch_size * settings.context:,} tokens, "
+            f"{steps / per_epoch:.1f} epochs")
+
+
+def choose_device(name: str) -> str:
+    """cpu or cuda. Error: cuda where there is none."""
+    there = torch.cuda.is_available()
+    need(name != "cuda" or there, "--device cuda: this machine, or this build of torch, has none: "
+         "use --device cpu.")
+    return name if name != "auto" else "cuda" if there else "cpu"
+
+
+def train_all(names: list[str], runs: list[tuple], models: list, corpus: Corpus,
+              device: str) -> None:
+    """Fill in the models that are None, in order: teachers alone, the last from all before it."""
+    for i, (out, settings) in enumerate(runs):
+        if models[i] is None:
+            teachers = range(i if i == len(runs) - 1 else 0)
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "model.safetensors").unlink(missing_ok=True)
+            write_json(out / "run.json", describe_run(
+                settings, corpus, [runs[k][0] for k in teachers], device))
+            models[i] = fit(settings, corpus, [models[k] for k in teachers], out, device, names[i])
+
+
+def report(names: list[str], runs: list[tuple], models: list[Model], corpus: Corpus,
+           pairs: list[Pair]) -> None:
+    """Print what the models have learnt, side by side, and where they lie."""
+    results = {name: score_pairs(model, corpus.vocabulary, pairs, f"scoring the {name}")
+               for name, model in zip(names, models)}
+    click.echo(pairs_table(results) + "\n")
+    for name, (out, _), model in zip(names, runs, models):
+        loss = held_out_loss(model, corpus.dev, runs[-1][1])
+        shown = "" if loss is None else f", held-out loss {loss:.4f} nats a token"
+        click.echo(f"{name:<9} {out}{shown}")
+
+
+class Cli(click.Group):
+    """The commands. A file that cannot be read or written is one sentence, whoever met it."""
+
+    def invoke(self, ctx: click.Context):
+        try:
+            return super().invoke(ctx)
+        except OSError as error:
+            need(error.errno in (None, errno.EPIPE), f"{error.filename or 'A file'}: "
+                 f"{error.strerror}. Is it there, may it be used, has the disk room?")
+            raise
+
+
+@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"],
+                                        "max_content_width": 100})
+def cli() -> None:
+    """Train a small language model, distil it from teachers, and score its grammar."""
+
+
+@cli.command("train")
+@click.option("-c", "--config", type=click.Path(path_type=Path), default=HOME / "configs/tiny.toml",
+              show_default="configs/tiny.toml", help="TOML file of settings.")
+@click.option("-o", "--out", type=click.Path(path_type=Path),
+              help="The run's folder; its teachers lie beside it.  [default: in runs/, a name made "
+                   "of config, objective, teachers and seed]")
+@click.option("--teacher", "folders", type=click.Path(path_type=Path), multiple=True,
+              help="A trained teacher, any Hugging Face folder of a LLaMA or GPT-2, in place of "
+                   "the config's; twice for two.")
+@click.option("--overwrite", is_flag=True, help="Start again in a folder that holds a run.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be trained.")
+@settings_flags
+def train_command(config: Path, out: Path | None, folders: tuple[Path, ...], overwrite: bool,
+                  dry_run: bool, **flags) -> None:
+    """Train a model on text: alone, or as the student of one or two teachers.
+
+    A teacher that the config describes is trained first, unless its folder holds it already.
+
+    \b
+    Example: python choobaca.py train --objective rkl --teachers 1
+    """
+    settings, described = read_settings(config, flags, list(folders))
+    device, pairs = choose_device(settings.device), Path(settings.pairs or default_pairs())
+    name = f"{config.stem}-{settings.objective}-{settings.teachers}-seed{settings.seed}"
+    out = out or Path("runs", name)
+    holds = "a run" if (out / "run.json").exists() else "files that are no run"
+    need(not out.exists() or not any(out.iterdir()) or overwrite and holds == "a run",
+         f"{out} already holds {holds}: choose another --out, or add --overwrite to repeat a run.")
+    corpus, pairs = read_corpus(settings, out.parent), read_pairs(pairs, settings.sample)
+    runs = [(folder, None) for folder in folders]
+    for own in described:
+        folder = teacher_folder(own, corpus, out.parent)
+        runs.append((folder, None if (folder / "model.safetensors").exists() else own))
+    names = ["teacher"] if len(runs) == 1 else [f"teacher {i}" for i in range(1, len(runs) + 1)]
+    runs, names = [*runs, (out, settings)], [*names, "student" if runs else "model"]
+    models = [None if own else load_teacher(folder, corpus, device) for folder, own in runs]
+    positions = min((own or model.config).positions for (_, own), model in zip(runs, models))
+    need(settings.context <= positions, f"--context {settings.context} is longer than what a "
+         f"teacher takes, {positions}: lower it.")
+    encode_sentences(corpus.vocabulary, [text for pair in pairs for text in pair[:2]], positions)
+    click.echo(f"text      {settings.text}: {len(corpus.train):,} tokens, {len(corpus.dev):,} held "
+               f"out, vocabulary {corpus.vocabulary.size:,}", err=not dry_run)
+    for name, (folder, own) in zip(names, runs):
+        click.echo(describe_plan(name, folder, own, corpus), err=not dry_run)
+    if not dry_run:
+        train_all(names, runs, models, corpus, device)
+        report(names, runs, models, corpus, pairs)
+
+
+@cli.command("eval-blimp")
+@click.option("-m", "--model", "folder", type=click.Path(path_type=Path),
+              help="A run, or any Hugging Face folder of a LLaMA or GPT-2.  [default: the newest "
+                   "finished run in runs/]")
+@click.option("-d", "--data", type=click.Path(path_type=Path),
+              help="Folder of minimal pairs, *.jsonl as BLiMP's.  [default: data/blimp if it is "
+                   "there, else data/tiny/blimp]")
+@click.option("--sample", type=click.IntRange(0), default=0,
+              help="Score about this many pairs, evenly spread; 0: all.")
+@click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto",
+              show_default=True, help="Where to compute.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object in place of the table.")
+def eval_blimp_command(folder: Path | None, data: Path | None, sample: int, device: str,
+                       as_json: bool) -> None:
+    """Score a model on minimal pairs: how often is the good sentence the likelier one?
+
+    \b
+    Example: python choobaca.py eval-blimp --model runs/tiny-rkl-1-seed0
+    """
+    if folder is None:
+        finished = list(Path("runs").glob("*/model.safetensors"))
+        need(finished, "no finished run in runs/: name a model with --model, or run train first.")
+        folder = max(finished, key=lambda path: path.stat().st_mtime_ns).parent
+    data = data or default_pairs()
+    pairs = read_pairs(data, sample)
+    model, vocabulary = load_model(folder, choose_device(device))
+    result = {"model": str(folder), "data": str(data)}
+    result |= score_pairs(model, vocabulary, pairs, "scoring")
+    click.echo(json.dumps(result, indent=2) if as_json else
+               f"{folder} on {data}\n\n{pairs_table({'accuracy': result})}")
+
+
+if __name__ == "__main__":
+    cli()

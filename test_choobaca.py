@@ -1,0 +1,1168 @@
+"""The tests of choobaca.py, in the order of its sections: python -m pytest -q
+
+Every fast version is held against the literal definition, in float64 where that matters. Tests that
+compare with Hugging Face's transformers are skipped where it is not installed.
+"""
+
+import ast
+import dataclasses
+import importlib.util
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import choobaca as c
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from click.testing import CliRunner
+from torch.utils._python_dispatch import TorchDispatchMode
+
+HOME = Path(__file__).resolve().parent
+TINY = HOME / "data/tiny"
+SMALL = dict(width=32, layers=2, heads=2, inner=48, positions=32, context=16, batch_size=8)
+# A run of seconds: small models, few steps, few pairs.
+BRIEF = ["--width", "32", "--layers", "1", "--inner", "32", "--steps", "6", "--sample", "40"]
+
+
+def settings(**changes) -> c.Settings:
+    return c.Settings(**{**SMALL, **changes})
+
+
+def model(V: int = 50, seed: int = 0, sharp: float = 1.0, **changes):
+    """A small model; `sharp` scales its matrices, so that its logits are far from equal."""
+    made = c.new_model(settings(**changes), V, seed)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(sharp if parameter.dim() > 1 else 1.0)
+    return made
+
+
+def invoke(*args: str, code: int = 0):
+    """The result of a command, checked to have ended with the exit code and no traceback."""
+    result = CliRunner().invoke(c.cli, [str(arg) for arg in args])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+def brief_config(folder: Path, extra: str = "", teachers: str = "") -> Path:
+    """A TOML file of a run of seconds, with two teachers."""
+    path = folder / "brief.toml"
+    path.write_text(f"""
+        text = "{TINY}"
+        pairs = "{TINY / "blimp"}"
+        vocab_size = 300
+        context = 32
+        positions = 128
+        batch_size = 8
+        width = 32
+        layers = 1
+        heads = 2
+        inner = 32
+        steps = 6
+        warmup = 2
+        lr = 3e-3
+        sample = 40
+        dev_tokens = 2000
+        {extra}
+        [[teacher]]
+        width = 48
+        {teachers}
+        [[teacher]]
+        model_type = "gpt2"
+        width = 48
+        dropout = 0.1
+        tied = true
+        {teachers}
+        """)
+    return path
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> c.Corpus:
+    return c.read_corpus(settings(vocab_size=400), tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def vocabulary(corpus) -> c.Vocabulary:
+    return corpus.vocabulary
+
+
+@pytest.fixture(scope="session")
+def default_run(tmp_path_factory) -> Path:
+    """The folder in which the README's first command was run, with its output in out.txt."""
+    folder = tmp_path_factory.mktemp("default")
+    done = subprocess.run(
+        [sys.executable, HOME / "choobaca.py", "train", "--objective", "rkl", "--teachers", "1"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    (folder / "out.txt").write_text(done.stdout)
+    return folder
+
+
+# -----------------------------------------------------------------------------
+# 1. Text to tokens
+
+
+def test_any_text_survives_the_tokenizer(vocabulary):
+    text = " Tom’s naïve 🐈 said: \t£5!"
+    ids = vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
+    assert vocabulary.tokenizer.decode(ids) == text
+
+
+def test_tokenizer_training_is_repeatable(tmp_path):
+    documents = c.read_documents(TINY, r"train\.txt")
+    for name in ("a", "b"):
+        c.train_tokenizer(tmp_path / name, documents, 500)
+    assert (tmp_path / "a/tokenizer.json").read_bytes() == (
+        tmp_path / "b/tokenizer.json"
+    ).read_bytes()
+    loaded = c.load_vocabulary(tmp_path / "a")
+    assert loaded.size == 500 and loaded.prefix_id == 1 == loaded.tokenizer.token_to_id("<s>")
+    assert [loaded.tokenizer.token_to_id(token) for token in ("<pad>", "</s>")] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "prefix, expected",
+    [
+        ("line", ["<s>", " A dog.", "<s>", " It ran."]),
+        ("document", ["<s>", " A dog.", "\n", " It ran.", "\n"]),
+        ("none", [" A dog.", "\n", " It ran.", "\n"]),
+    ],
+)
+def test_prefix_setting(vocabulary, prefix, expected):
+    ids, tokenizer = (
+        c.encode(vocabulary, [["A dog.", "It ran."]], prefix, np.uint16),
+        vocabulary.tokenizer,
+    )
+    pieces = [
+        [1]
+        if text == "<s>"
+        else tokenizer.encode("\n").ids[-1:]
+        if text == "\n"
+        else tokenizer.encode(text).ids
+        for text in expected
+    ]
+    assert ids.tolist() == [i for piece in pieces for i in piece]
+
+
+def test_documents_are_sorted_and_the_held_out_text_is_not_read_twice(tmp_path):
+    for name in ("b.train", "a.txt", "dev.txt", "c.dev", "notes.md"):
+        (tmp_path / name).write_text(f"{name}\n\n  indented \r\n")
+    read = c.read_corpus(settings(text=str(tmp_path), vocab_size=300), tmp_path / "cache")
+    texts = [read.vocabulary.tokenizer.decode(part.tolist()) for part in (read.train, read.dev)]
+    assert texts == [" a.txt indented b.train indented", " c.dev indented dev.txt indented"]
+
+
+def test_ids_are_made_again_when_anything_changed(tmp_path, vocabulary):
+    def ids(text, facts, path=tmp_path / "x.ids"):
+        return c.encode_once(path, vocabulary, [[text]], "line", facts)
+
+    first = ids("A dog.", {"text": "1"})
+    assert first.dtype == np.uint16
+    before = (tmp_path / "x.ids").stat().st_mtime_ns
+    assert ids("not looked at", {"text": "1"}).tolist() == first.tolist()
+    assert (tmp_path / "x.ids").stat().st_mtime_ns == before
+    assert ids("Two dogs.", {"text": "2"}).tolist() != first.tolist()
+    whole = (tmp_path / "x.ids").read_bytes()
+    for damaged in (whole[:-2], whole[:-1], whole[:100], b"", whole + b"ab", b"x" * len(whole)):
+        (tmp_path / "x.ids").write_bytes(damaged)
+        ids("Two dogs.", {"text": "2"})
+        assert (tmp_path / "x.ids").read_bytes() == whole
+    header = json.loads(whole[: c.HEADER])
+    assert header["count"] == len(ids("Two dogs.", {"text": "2"})) and header["text"] == "2"
+
+
+# -----------------------------------------------------------------------------
+# 2. Tokens to batches
+
+
+@pytest.mark.parametrize("offset", [False, True])
+def test_an_epoch_reads_every_row_once(offset):
+    s, ids = settings(random_offset=offset), np.arange(16 * 50 + 5, dtype=np.uint16)
+    rows = c.count_rows(len(ids), s)
+    starts = np.concatenate([c.batch_at(step, ids, s)[0][:, 0] for step in range(rows // 8)])
+    assert len(set(starts // 16)) >= len(starts) * (0.6 if offset else 1)
+    order = c.row_starts(rows, s, 0)
+    assert (
+        sorted(order // 16 * 16) == sorted(order) if not offset else (order + 17 <= len(ids)).all()
+    )
+    assert (c.row_starts(rows, s, 1) != order).any()
+
+
+def test_a_batch_depends_on_seed_and_step_alone():
+    ids, s = np.arange(5000, dtype=np.uint16), settings()
+    wanted = c.batch_at(70, ids, s)
+    for step in (3, 70, 0):
+        inputs, targets = c.batch_at(step, ids, s)
+    assert all(torch.equal(a, b) for a, b in zip(c.batch_at(70, ids, s), wanted))
+    assert torch.equal(inputs + 1, targets) and inputs.shape == (8, 16)
+    assert not torch.equal(c.batch_at(70, ids, settings(seed=1))[0], wanted[0])
+
+
+# -----------------------------------------------------------------------------
+# 3. Models
+
+KINDS = [
+    dict(),
+    dict(tied=True),
+    dict(kv_heads=1, rope_theta=500.0),
+    dict(model_type="gpt2"),
+    dict(model_type="gpt2", tied=True),
+]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_position_sees_what_comes_later(kind):
+    m, ids = model(sharp=5, **kind).eval(), torch.randint(0, 50, (2, 16))
+    changed = ids.clone()
+    changed[:, 9:] = (changed[:, 9:] + 1) % 50
+    before, after = m.hidden(ids), m.hidden(changed)
+    assert torch.allclose(before[:, :9], after[:, :9], atol=1e-6)
+    assert not torch.allclose(before[:, 9:], after[:, 9:], atol=1e-3)
+
+
+def test_rotary_products_depend_on_distance_alone():
+    cos, sin = c.rotary_angles(20, 8, 10_000.0, "cpu")
+    q, k = (c.rotate(torch.randn(8).expand(1, 1, 20, 8), cos, sin)[0, 0] for _ in range(2))
+    products = q @ k.T
+    for distance in range(-5, 6):
+        line = products.diagonal(distance)
+        assert torch.allclose(line, line[0].expand_as(line), atol=1e-5)
+
+
+def test_the_papers_sizes():
+    """58M, 360M and 705M, to the digit, by formula and as built."""
+    V, C, L, I = 16_000, 512, 16, 1024
+    student = c.empty_model(c.ModelSettings(), V)
+    assert (
+        c.count_parameters(student)
+        == 2 * V * C + L * (4 * C * C + 3 * C * I + 2 * C) + C
+        == 58_343_936
+    )
+    llama = c.ModelSettings(width=1024, layers=24, heads=8, inner=3072)
+    gpt2 = c.ModelSettings(
+        model_type="gpt2", width=1536, layers=24, heads=16, inner=6144, tied=True
+    )
+    assert round(c.count_parameters(c.empty_model(llama, V)) / 1e6) == 360
+    assert round(c.count_parameters(c.empty_model(gpt2, V)) / 1e6) == 705
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_initial_weights_by_role(kind):
+    """Every matrix by its own role: a projection back into GPT-2's residual stream is smaller."""
+    before = torch.get_rng_state()
+    m = c.new_model(settings(width=128, inner=256, layers=3, **kind), 500, 7)
+    assert torch.equal(torch.get_rng_state(), before), "the global stream was drawn on"
+    for name, parameter in m.named_parameters():
+        if parameter.dim() == 1:
+            assert (parameter == (0 if name.endswith("bias") else 1)).all(), name
+        else:
+            wanted = 0.02 / math.sqrt(6) if "c_proj" in name else 0.02
+            assert (
+                abs(parameter.std().item() / wanted - 1) < 0.05 and abs(parameter.mean()) < 1e-3
+            ), name
+    again = c.new_model(settings(width=128, inner=256, layers=3, **kind), 500, 7)
+    assert all(torch.equal(a, b) for a, b in zip(m.parameters(), again.parameters()))
+
+
+def logits(m, ids):
+    return m.hidden(ids) @ m.head.T
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transformers_reads_our_folders(tmp_path, vocabulary, kind):
+    transformers = pytest.importorskip("transformers")
+    m, ids = model(V=vocabulary.size, sharp=5, **kind).eval(), torch.randint(0, 300, (2, 16))
+    c.save_model(tmp_path, m, vocabulary)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert (theirs(ids).logits - logits(m, ids)).abs().max() < 1e-5
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.bos_token == "<s>" and tokenizer.eos_token == "</s>"
+    assert (
+        tokenizer.encode(" The dogs ran.", add_special_tokens=False)
+        == vocabulary.tokenizer.encode(" The dogs ran.", add_special_tokens=False).ids
+    )
+
+
+@pytest.mark.parametrize(
+    "family, changes, shard",
+    [
+        ("Llama", dict(tie_word_embeddings=False), "1GB"),
+        ("Llama", dict(tie_word_embeddings=True), "1GB"),
+        (
+            "Llama",
+            dict(
+                num_key_value_heads=1, rope_parameters={"rope_type": "default", "rope_theta": 777.0}
+            ),
+            "1GB",
+        ),
+        ("Llama", dict(num_key_value_heads=2), "20KB"),
+        ("GPT2", dict(), "1GB"),
+        ("GPT2", dict(n_inner=40), "20KB"),
+    ],
+)
+def test_we_read_the_folders_of_transformers(tmp_path, vocabulary, family, changes, shard):
+    transformers = pytest.importorskip("transformers")
+    sizes = (
+        dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+        if family == "Llama"
+        else dict(n_embd=32, n_layer=2, n_head=4)
+    )
+    config = getattr(transformers, family + "Config")(
+        vocab_size=vocabulary.size, bos_token_id=1, eos_token_id=2, **sizes, **changes
+    )
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.mul_(5 if parameter.dim() > 1 else 1)
+    theirs.save_pretrained(tmp_path, max_shard_size=shard)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "20KB")
+    (tmp_path / "tokenizer.json").write_bytes(vocabulary.files["tokenizer.json"])
+    ours, _ = c.load_model(tmp_path, "cpu")
+    ids = torch.randint(0, 300, (2, 16))
+    with torch.no_grad():
+        assert (theirs(ids).logits - logits(ours, ids)).abs().max() < 1e-5
+
+
+# -----------------------------------------------------------------------------
+# 4. Divergences
+
+
+def literal_kl(log_a, log_b):
+    return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+
+LITERAL = {"fkl": lambda log_q, log_p: literal_kl(log_p, log_q), "rkl": literal_kl}
+
+
+@pytest.mark.parametrize("name", c.DIVERGENCES)
+@pytest.mark.parametrize("scale", [0.1, 1.0, 10.0])
+@pytest.mark.parametrize("V", [3, 57])
+def test_divergences_and_their_gradients(name, scale, V):
+    a, b = (scale * torch.randn(20, V, dtype=torch.float64) for _ in range(2))
+    a.requires_grad_()
+    wanted = LITERAL[name](a.log_softmax(-1), b.log_softmax(-1))
+    (gradient,) = torch.autograd.grad(wanted.sum(), a)
+    value, found = c.DIVERGENCES[name](a.detach().log_softmax(-1), b.log_softmax(-1))
+    assert torch.allclose(value, wanted, rtol=1e-10, atol=1e-10)
+    assert torch.allclose(found, gradient, rtol=1e-10, atol=1e-10)
+    assert (value > 0).all()
+
+
+@pytest.mark.parametrize("name", c.DIVERGENCES)
+def test_a_divergence_is_zero_where_the_models_agree(name):
+    log_q = (5 * torch.randn(20, 57)).log_softmax(-1)
+    value, gradient = c.DIVERGENCES[name](log_q, log_q.clone())
+    assert (value == 0).all() and gradient.abs().max() < 1e-6
+
+
+def test_reverse_and_forward_are_each_other_turned_round():
+    log_q, log_p = (torch.randn(9, 30).log_softmax(-1) for _ in range(2))
+    assert torch.equal(c.forward_kl(log_q, log_p)[0], c.reverse_kl(log_p, log_q)[0])
+    wanted = torch.distributions.kl_divergence(
+        *(torch.distributions.Categorical(logits=x) for x in (log_p, log_q))
+    )
+    assert torch.allclose(c.forward_kl(log_q, log_p)[0], wanted, atol=1e-6)
+
+
+# -----------------------------------------------------------------------------
+# 5. The fused loss
+
+
+def loss_inputs(dtype, N=23, C=8, C_=12, V=57):
+    draw = torch.Generator().manual_seed(3)
+    shapes = ((N, C), (V, C), (N, C_), (V, C_))
+    hidden, head, t_hidden, t_head = (
+        torch.randn(shape, generator=draw, dtype=dtype) for shape in shapes
+    )
+    return (
+        hidden.requires_grad_(),
+        head.requires_grad_(),
+        torch.randint(0, V, (N,), generator=draw),
+        t_hidden,
+        t_head,
+    )
+
+
+def plain_loss(hidden, head, targets, t_hidden, t_head, s, beta):
+    """The paper's Eqs. 1, 2 and 9 with all logits at once, the student's part of Eq. 2 constant."""
+    z, w, tau = hidden @ head.T, t_hidden @ t_head.T, s.temperature
+    ce = F.cross_entropy(z, targets, reduction="sum")
+    if s.objective == "ce":
+        return ce
+    mixed = beta * w + (1 - beta) * z.detach()
+    kl = LITERAL[s.objective]((z / tau).log_softmax(-1), (mixed / tau).log_softmax(-1)).sum()
+    return s.alpha * ce + (1 - s.alpha) * tau**2 * kl
+
+
+OBJECTIVES = [
+    dict(objective="ce"),
+    dict(objective="fkl"),
+    dict(objective="rkl"),
+    dict(objective="rkl", temperature=1.0, alpha=0.2),
+    dict(objective="rkl", alpha=0.0),
+    dict(objective="fkl", temperature=4.0, alpha=0.9),
+]
+
+
+@pytest.mark.parametrize("changes", OBJECTIVES)
+@pytest.mark.parametrize("beta", [1.0, 0.7, 0.1])
+@pytest.mark.parametrize("chunk", [1, 5, 7, 23, 100])
+def test_fused_loss_is_the_plain_loss(changes, beta, chunk):
+    s, inputs = settings(teachers=1, **changes), loss_inputs(torch.float64)
+    wanted = plain_loss(*inputs, s, beta) / 23
+    gradients = torch.autograd.grad(wanted, inputs[:2])
+    loss, parts = c.FusedLoss.apply(*inputs, s, beta, chunk)
+    found = torch.autograd.grad(loss / 23, inputs[:2])
+    assert torch.allclose(loss / 23, wanted, rtol=1e-10, atol=1e-10)
+    for a, b in zip(found, gradients):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
+    alpha = 1 if s.objective == "ce" else s.alpha
+    assert torch.isclose(alpha * parts[0] + (1 - alpha) * parts[1], loss)
+
+
+@pytest.mark.parametrize("changes", OBJECTIVES)
+def test_the_chunk_cannot_be_seen_in_fp32(changes):
+    s, inputs = settings(teachers=1, **changes), loss_inputs(torch.float32, N=100, V=300)
+    results = []
+    for chunk in (1, 7, 64, 100):
+        loss, _ = c.FusedLoss.apply(*inputs, s, 0.7, chunk)
+        results.append([loss, *torch.autograd.grad(loss, inputs[:2])])
+    for other in results[1:]:
+        for a, b in zip(results[0], other):
+            assert (a - b).norm() <= 1e-6 * a.norm()
+
+
+def test_mixing_is_a_weight_under_reverse_kl():
+    """Eq. 2, the student's part constant: the gradient is exactly beta times the unmixed one."""
+    s, inputs = settings(teachers=1, objective="rkl", alpha=0.0), loss_inputs(torch.float64)
+    unmixed, mixed = (
+        torch.autograd.grad(c.FusedLoss.apply(*inputs, s, beta, 8)[0], inputs[:2])
+        for beta in (1.0, 0.3)
+    )
+    for a, b in zip(unmixed, mixed):
+        assert torch.allclose(0.3 * a, b, rtol=1e-10, atol=1e-10)
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("objective", ["ce", *c.DIVERGENCES])
+def test_no_array_of_all_logits_is_ever_held(objective):
+    N, V, chunk = 400, 500, 10
+    with Largest() as largest:
+        loss, _ = c.FusedLoss.apply(
+            *loss_inputs(torch.float32, N=N, V=V),
+            settings(teachers=1, objective=objective),
+            0.7,
+            chunk,
+        )
+        loss.backward()
+    assert chunk * V <= largest.elements <= max(chunk * V, N * 12, V * 12)
+
+
+def test_token_scores_are_the_log_softmax():
+    hidden, head, targets, *_ = loss_inputs(torch.float64)
+    wanted = (hidden @ head.T).log_softmax(-1)[torch.arange(23), targets]
+    for chunk in (1, 7, 30):
+        assert torch.allclose(
+            c.token_log_probabilities(hidden, head, targets, chunk), wanted, atol=1e-12
+        )
+
+
+def test_two_teachers_are_the_mean_of_their_logits():
+    teachers = [
+        model(sharp=5, seed=1).eval(),
+        model(sharp=5, seed=2, model_type="gpt2", width=48).eval(),
+    ]
+    ids, coach = torch.randint(0, 50, (2, 16)), c.Coach(teachers)
+    wanted = sum(logits(teacher, ids) for teacher in teachers) / 2
+    assert torch.allclose(coach.hidden(ids) @ coach.head.T, wanted, atol=1e-4)
+    assert not coach.head.requires_grad and not coach.hidden(ids).requires_grad
+
+
+# -----------------------------------------------------------------------------
+# 6. Schedules and the optimizer
+
+
+def test_learning_rate_at_its_ends():
+    s = settings(lr=1.0, warmup=10)
+    rates = [c.lr_at(step, 110, s) for step in range(110)]
+    assert rates[0] == 1 / 11 and rates[10] == max(rates) == 1.0
+    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
+    assert math.isclose(rates[60], 0.5) and 0 < rates[-1] < 1e-3
+
+
+def test_beta_is_equation_3():
+    s = settings(beta=0.7, progressive=True)
+    assert [round(c.beta_at(e, 6, s), 3) for e in range(6)] == [
+        0.7,
+        0.583,
+        0.467,
+        0.35,
+        0.233,
+        0.117,
+    ]
+    assert c.beta_at(99, 100, s) == 0.1
+    assert c.beta_at(5, 6, settings(beta=0.7)) == 0.7
+
+
+def test_every_parameter_is_in_one_group_and_gets_a_gradient():
+    for kind in KINDS:
+        m, s = model(**kind), settings(**kind)
+        optimizer, ids = c.make_optimizer(m, s), torch.randint(0, 50, (8, 16))
+        grouped = [p for group in optimizer.param_groups for p in group["params"]]
+        assert len(grouped) == len(set(grouped)) and set(grouped) == set(m.parameters())
+        before = {name: p.clone() for name, p in m.named_parameters()}
+        c.train_step(m, optimizer, None, ids, ids.roll(-1, 1), s, 1.0)
+        assert all(
+            not torch.equal(p, before[name])
+            for name, p in m.named_parameters()
+            if "c_attn.bias" not in name
+        )
+
+
+# -----------------------------------------------------------------------------
+# 7. Run folders
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_model_comes_back(tmp_path, vocabulary, kind):
+    m = model(V=vocabulary.size, **kind)
+    c.save_model(tmp_path, m, vocabulary)
+    back, same = c.load_model(tmp_path, "cpu")
+    assert all(torch.equal(a, b) for a, b in zip(m.parameters(), back.parameters()))
+    assert (
+        same.tokenizer.get_vocab() == vocabulary.tokenizer.get_vocab()
+        and same.prefix_id == vocabulary.prefix_id
+    )
+    assert dataclasses.replace(back.config, kv_heads=0) == dataclasses.replace(
+        c.ModelSettings(
+            **{f.name: getattr(m.config, f.name) for f in dataclasses.fields(c.ModelSettings)}
+        ),
+        kv_heads=0,
+    )
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_older_gpt2_files_and_other_dtypes_are_read(tmp_path, vocabulary):
+    m = model(V=vocabulary.size, model_type="gpt2", tied=True)
+    c.save_model(tmp_path, m, vocabulary)
+    old = {name: p.detach().bfloat16() for name, p in m.named_parameters()} | {
+        "h.0.attn.bias": torch.ones(1, 1, 4, 4)
+    }
+    c.write_safetensors(tmp_path / "model.safetensors", old)
+    back, _ = c.load_model(tmp_path, "cpu")
+    assert torch.equal(back.wte.weight, m.wte.weight.bfloat16().float())
+
+
+def test_the_prefix_token_is_what_the_folder_says(tmp_path, vocabulary):
+    (tmp_path / "tokenizer.json").write_bytes(vocabulary.files["tokenizer.json"])
+    assert c.load_vocabulary(tmp_path).prefix_id == 1
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
+    assert c.load_vocabulary(tmp_path).prefix_id == 2
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<pad>"}')
+    assert c.load_vocabulary(tmp_path).prefix_id == 0
+
+
+def test_a_file_that_fails_half_way_leaves_nothing(tmp_path):
+    (tmp_path / "x").write_text("old")
+    with pytest.raises(ZeroDivisionError), c.written_whole(tmp_path / "x") as file:
+        file.write(b"new")
+        1 / 0
+    assert [path.name for path in tmp_path.iterdir()] == ["x"] and (
+        tmp_path / "x"
+    ).read_text() == "old"
+
+
+# -----------------------------------------------------------------------------
+# 8. Training
+
+
+def history(folder: Path) -> list[dict]:
+    """The log without its timings."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")}
+        for line in lines
+    ]
+
+
+def test_accumulation_changes_nothing():
+    results = []
+    for micro_batch in (0, 2, 1):
+        s = settings(micro_batch=micro_batch, objective="rkl", teachers=1)
+        m, ids = (
+            model(sharp=5),
+            torch.randint(0, 50, (8, 16), generator=torch.Generator().manual_seed(0)),
+        )
+        coach = c.Coach([model(sharp=5, seed=5).eval()])
+        losses = c.train_step(m, c.make_optimizer(m, s), coach, ids, ids.roll(-1, 1), s, 0.7)
+        results.append((losses, m.head.grad.clone()))
+    for losses, gradient in results[1:]:
+        assert all(math.isclose(losses[key], results[0][0][key], rel_tol=1e-5) for key in losses)
+        assert torch.allclose(gradient, results[0][1], atol=1e-7)
+
+
+def test_the_student_learns_from_its_teacher_and_the_teacher_stays():
+    s = settings(objective="rkl", teachers=1, alpha=0.0, lr=3e-3, beta=1.0)
+    m, teacher = model(), model(sharp=6, seed=5).eval()
+    coach, ids = c.Coach([teacher]), torch.randint(0, 50, (8, 16))
+    before = [p.clone() for p in teacher.parameters()]
+    optimizer = c.make_optimizer(m, s)
+    losses = [c.train_step(m, optimizer, coach, ids, ids, s, 1.0)["kl"] for _ in range(60)]
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(torch.equal(p, q) and p.grad is None for p, q in zip(teacher.parameters(), before))
+
+
+def test_held_out_loss_does_not_depend_on_the_batch(corpus):
+    m = model(V=corpus.vocabulary.size, sharp=3)
+    ids = np.asarray(corpus.dev[:1000])
+    losses = [c.held_out_loss(m, ids, settings(batch_size=size)) for size in (1, 7, 62)]
+    assert max(losses) - min(losses) < 1e-6
+    rows = torch.from_numpy(ids[: 16 * 62].astype(np.int64)).view(62, 16)
+    targets = torch.from_numpy(ids[1 : 16 * 62 + 1].astype(np.int64))
+    assert math.isclose(
+        losses[0], F.cross_entropy(logits(m, rows).flatten(0, 1), targets).item(), rel_tol=1e-5
+    )
+    assert c.held_out_loss(m, ids[:16], settings()) is None
+
+
+@pytest.mark.parametrize("teachers", [1, 2])
+def test_a_run_is_repeatable_and_looking_changes_nothing(tmp_path, teachers):
+    """The same command twice, in two folders, and once with a look at the held-out text each step:
+    the same weights of student and teachers, to the byte, and the same log. GPT-2 has dropout."""
+    config = brief_config(tmp_path, 'objective = "rkl"')
+    for name, extra in (("a", []), ("b", []), ("c", ["--eval-every", "1"])):
+        invoke("train", "-c", config, "-o", tmp_path / name / "run", "--teachers", teachers, *extra)
+    folders = {name: sorted((tmp_path / name).glob("*/model.safetensors")) for name in "abc"}
+    assert len(folders["a"]) == teachers + 1
+    for name in "bc":
+        for one, other in zip(folders["a"], folders[name]):
+            assert one.relative_to(tmp_path / "a") == other.relative_to(tmp_path / name)
+            assert one.read_bytes() == other.read_bytes(), (name, one)
+    assert history(tmp_path / "a/run") == history(tmp_path / "b/run")
+    looked = [
+        line for line in history(tmp_path / "c/run") if "dev_loss" not in line or line["step"] == 6
+    ]
+    assert looked == history(tmp_path / "a/run") and len(history(tmp_path / "c/run")) == 12
+
+
+def test_a_finished_teacher_is_used_again_and_a_changed_one_is_not(tmp_path):
+    config = brief_config(tmp_path, 'objective = "rkl"\nteachers = 1', teachers="lr = 3e-3")
+    out = tmp_path / "runs/one"
+    invoke("train", "-c", config, "-o", out)
+    (teacher,) = (tmp_path / "runs").glob("teacher-*")
+    before = (teacher / "model.safetensors").stat().st_mtime_ns
+    result = invoke(
+        "train",
+        "-c",
+        config,
+        "-o",
+        tmp_path / "runs/two",
+        "--lr",
+        "1e-3",
+        "--objective",
+        "fkl",
+        "--alpha",
+        "0.3",
+    )
+    assert (
+        "there already" in result.stderr
+        and (teacher / "model.safetensors").stat().st_mtime_ns == before
+    )
+    invoke("train", "-c", config, "-o", tmp_path / "runs/three", "--context", "16")
+    assert len(list((tmp_path / "runs").glob("teacher-*"))) == 2
+    invoke("train", "-c", config, "-o", out, "--teacher", teacher, "--overwrite")
+    record = json.loads((out / "run.json").read_text())
+    assert record["teachers"] == [str(teacher)] and record["settings"]["tokenizer"] == str(teacher)
+
+
+def test_a_run_says_what_it_is(tmp_path):
+    result = invoke(
+        "train", "-c", brief_config(tmp_path), "-o", tmp_path / "run", "--prefix", "document"
+    )
+    assert (
+        "parameters" in result.stderr and "minutes" in result.stderr and "held out" in result.stderr
+    )
+    assert "mean of 20 paradigms" in result.stdout and str(tmp_path / "run") in result.stdout
+    record = json.loads((tmp_path / "run/run.json").read_text())
+    assert record["settings"]["prefix"] == "document" and record["prefix_token"] == "<s>"
+    assert {"text", "tokenizer", "choobaca.py", "teachers"} == record["digests"].keys()
+    lines = history(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 6] and "dev_loss" in lines[-1]
+
+
+# -----------------------------------------------------------------------------
+# 9. Minimal pairs
+
+
+def test_scores_are_sums_of_log_probabilities(vocabulary):
+    """Many at once is one at a time, by the rule: prefix token, leading space, all tokens."""
+    m = model(V=vocabulary.size, sharp=5).eval()
+    texts = [
+        "The dog ran.",
+        "A",
+        "The dogs that the cat likes ran by the tree.",
+        "The dog ran.",
+        "No cat.",
+    ]
+    found = c.score_sentences(m, vocabulary, texts, "test")
+    for text, score in zip(texts, found):
+        ids = torch.tensor(
+            [[1, *vocabulary.tokenizer.encode(" " + text, add_special_tokens=False).ids]]
+        )
+        wanted = (
+            logits(m, ids[:, :-1])[0].double().log_softmax(-1).gather(1, ids[0, 1:, None]).sum()
+        )
+        assert abs(score - wanted.item()) < 1e-4
+    assert found[0] == found[3]
+
+
+def write_pairs(folder: Path, name: str, pairs: list, **keys) -> None:
+    folder.mkdir(exist_ok=True)
+    lines = [
+        json.dumps({"sentence_good": good, "sentence_bad": bad, **keys}) for good, bad in pairs
+    ]
+    (folder / name).write_text("\n".join(lines) + "\n")
+
+
+def test_ties_means_and_groups(tmp_path, vocabulary):
+    write_pairs(
+        tmp_path,
+        "one.jsonl",
+        [("A dog.", "A dog."), ("A cat.", "A cat.")],
+        UID="one",
+        linguistics_term="s-selection",
+    )
+    write_pairs(
+        tmp_path,
+        "two.jsonl",
+        [("The dog ran.", "The dog ran by."), ("The dog ran by.", "The dog ran.")] * 3,
+        UID="two",
+        linguistics_term="argument_structure",
+    )
+    write_pairs(tmp_path, "three.jsonl", [("The cat sat.", "The cat sat.")])
+    pairs = c.read_pairs(tmp_path)
+    result = c.score_pairs(model(V=vocabulary.size, sharp=5).eval(), vocabulary, pairs, "test")
+    rows = result["paradigms"]
+    assert [rows[uid]["accuracy"] for uid in ("one", "two", "three")] == [1.0, 0.5, 1.0]
+    assert (rows["one"]["ties"], rows["two"]["ties"], result["ties"], result["n"]) == (2, 0, 3, 9)
+    assert math.isclose(rows["two"]["stderr"], np.std([1, 0] * 3, ddof=1) / math.sqrt(6))
+    assert math.isclose(result["accuracy"], 2.5 / 3)
+    assert set(result["phenomena"]) == {"argument_structure", "three"}
+    assert result["phenomena"]["argument_structure"]["accuracy"] == 0.75
+    table = c.pairs_table({"a": result, "b": result})
+    assert "argument_structure" in table and "mean of 3 paradigms" in table and "75.0" in table
+
+
+def test_a_sample_has_the_same_share_of_each_paradigm():
+    pairs, some = c.read_pairs(TINY / "blimp"), c.read_pairs(TINY / "blimp", 200)
+    assert len(pairs) == 2000 and len(some) == 200 and set(some) <= set(pairs)
+    assert {len(group) for group in c.group_by(some, lambda pair: pair.paradigm).values()} == {10}
+    assert (
+        some == c.read_pairs(TINY / "blimp", 200) and c.read_pairs(TINY / "blimp", 10**6) == pairs
+    )
+
+
+def test_the_default_run_and_its_scores(default_run):
+    """The README's two commands: teacher at least 90 % and student at least 85 % of the pairs."""
+    overall = re.search(
+        r"mean of 20 paradigms +2,000 +([\d.]+) ± +[\d.]+ +([\d.]+)",
+        (default_run / "out.txt").read_text(),
+    )
+    teacher, student = map(float, overall.groups())
+    assert teacher >= 90 and 85 <= student <= 98
+    done = subprocess.run(
+        [sys.executable, HOME / "choobaca.py", "eval-blimp", "--json", "-d", TINY / "blimp"],
+        cwd=default_run,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    result = json.loads(done.stdout)
+    assert (
+        result["model"] == "runs/tiny-rkl-1-seed0" and round(100 * result["accuracy"], 1) == student
+    )
+    assert result["n"] == 2000 and set(result["paradigms"]["npi_scope"]) == {
+        "accuracy",
+        "n",
+        "stderr",
+        "ties",
+        "phenomenon",
+    }
+
+
+# -----------------------------------------------------------------------------
+# 10. The command line
+
+
+def test_defaults_then_toml_then_flags(tmp_path):
+    config = brief_config(tmp_path, "clip = 0.5\nalpha = 0.25", teachers="clip = 0.75")
+    flags = {field.name: None for field in dataclasses.fields(c.Settings)}
+    one, _ = c.read_settings(config, flags, [])
+    assert (one.clip, one.alpha, one.beta2, one.objective) == (0.5, 0.25, 0.999, "ce")
+    two, teachers = c.read_settings(
+        config, flags | {"clip": 2.0, "objective": "rkl", "teachers": 2, "seed": 3}, []
+    )
+    assert (two.clip, two.alpha, two.seed) == (2.0, 0.25, 3)
+    assert [(t.clip, t.alpha, t.objective, t.teachers, t.seed, t.width) for t in teachers] == [
+        (0.75, 0.5, "ce", 0, 3, 48)
+    ] * 2
+
+
+def test_every_shipped_config_is_read():
+    for path in sorted((HOME / "configs").glob("*.toml")):
+        flags = {field.name: None for field in dataclasses.fields(c.Settings)}
+        student, teachers = c.read_settings(path, flags | {"teachers": 1, "objective": "rkl"}, [])
+        V = student.vocab_size
+        assert c.count_parameters(c.empty_model(teachers[0], V)) > c.count_parameters(
+            c.empty_model(student, V)
+        )
+
+
+def test_every_flag_has_help_and_stands_once():
+    for name, command in c.cli.commands.items():
+        flags = [flag for option in command.params for flag in option.opts + option.secondary_opts]
+        assert len(flags) == len(set(flags))
+        assert all(
+            option.help and "." in option.help
+            for option in command.params
+        )
+        assert "Example:" in invoke(name, "--help").output
+
+
+def bad_inputs(folder: Path):
+    """Each: what the user did, the command, what the one sentence must name."""
+    train = ["train", "-c", brief_config(folder), "-o", folder / "out"]
+    text = folder / "text"
+    text.mkdir()
+
+    def holds(name, content):
+        (text / name).write_bytes(content)
+        return [*train, "--text", text]
+
+    def toml(content):
+        path = folder / "bad.toml"
+        path.write_text(content)
+        return ["train", "-c", path, "-o", folder / "out"]
+
+    yield [*train, "--text", folder / "nowhere"], "nowhere is not a folder"
+    yield [*train, "--text", text], "holds no *.train"
+    yield holds("a.txt", b""), "a.txt is empty"
+    yield holds("a.txt", b"good \xff bad"), "byte 5 is 0xff"
+    yield holds("a.txt", b"too short\n"), "less than a batch"
+    yield toml("betta = 1"), "unknown key 'betta'; did you mean 'beta'?"
+    yield toml("lr = 'fast'"), "lr is 'fast': expected float"
+    yield toml("layers = 2.5"), "layers is 2.5: expected int"
+    yield toml("layers = true"), "layers is True: expected int"
+    yield toml("lr = nan"), "lr is nan"
+    yield toml("lr = "), "is not TOML"
+    yield toml("teacher = 3"), "under [[teacher]]"
+    yield toml("[[teacher]]\nwidht = 3"), "teacher 1: unknown key 'widht'; did you mean 'width'?"
+    yield ["train", "-c", folder / "none.toml"], "none.toml: No such file"
+    yield [*train, "--objective", "magic"], "'magic' is not one of 'ce', 'fkl', 'rkl'"
+    yield [*train, "--objective", "rkl", "--teachers", "3"], "--teachers is 3: expected 0 to 2"
+    yield [*train, "--objective", "rkl"], "needs a teacher"
+    yield [*train, "--objective", "ce", "--teachers", "1"], "has no teacher"
+    yield [*train, "--heads", "5"], "5 heads do not divide the width 32"
+    yield [*train, "--micro-batch", "3"], "--micro-batch 3 does not divide --batch-size 8"
+    yield [*train, "--lr", "-1"], "--lr is -1.0: expected 0"
+    yield [*train, "--lr", "fast"], "'fast' is not a valid float"
+    yield [*train, "--dropout", "nan"], "--dropout is nan"
+    yield [*train, "--tokenizer", folder / "nowhere"], "nowhere: No such file"
+    yield [*train, "--pairs", folder], "holds no *.jsonl"
+    yield ["eval-blimp", "-m", folder / "nowhere"], "nowhere is not a folder"
+    yield ["eval-blimp"], "no finished run in runs/"
+
+
+def test_bad_input_is_one_sentence_and_nothing_is_left(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for args, wanted in bad_inputs(tmp_path):
+        result = CliRunner().invoke(c.cli, [str(arg) for arg in args])
+        assert isinstance(result.exception, SystemExit) and result.exit_code in (1, 2), (
+            args,
+            result.exception,
+        )
+        assert wanted in result.stderr and result.stdout == "", (args, result.stderr)
+        assert len(result.stderr.split("Error: ")[1].strip().splitlines()) == 1, result.stderr
+        assert not (tmp_path / "out").exists(), args
+
+
+def test_a_run_folder_is_never_overwritten_unasked(tmp_path):
+    config, out = brief_config(tmp_path), tmp_path / "run"
+    invoke("train", "-c", config, "-o", out)
+    before = (out / "model.safetensors").read_bytes()
+    assert (
+        "already holds a run"
+        in invoke("train", "-c", config, "-o", out, "--seed", "1", code=1).stderr
+    )
+    assert (out / "model.safetensors").read_bytes() == before
+    invoke("train", "-c", config, "-o", out, "--seed", "1", "--overwrite")
+    assert (out / "model.safetensors").read_bytes() != before
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years")
+    assert (
+        "files that are no run"
+        in invoke("train", "-c", config, "-o", mine, "--overwrite", code=1).stderr
+    )
+    assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
+
+
+def test_a_dry_run_trains_nothing(tmp_path):
+    result = invoke(
+        "train",
+        "-c",
+        brief_config(tmp_path),
+        "--objective",
+        "rkl",
+        "--teachers",
+        "2",
+        "-o",
+        tmp_path / "x/run",
+        "--dry-run",
+    )
+    assert [line.split()[0] for line in result.stdout.splitlines()] == [
+        "text",
+        "teacher",
+        "teacher",
+        "student",
+    ]
+    assert "6 steps of 256 tokens" in result.stdout and not list(
+        tmp_path.glob("x/*/model.safetensors")
+    )
+
+
+@pytest.fixture
+def saved(tmp_path, vocabulary) -> Path:
+    c.save_model(tmp_path / "model", model(V=vocabulary.size), vocabulary)
+    return tmp_path / "model"
+
+
+def rewrite_header(path: Path, change) -> None:
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+WEIGHTS = {
+    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "ends at byte"),
+    "cut in the header": (lambda p: p.write_bytes(p.read_bytes()[:60]), "header should have"),
+    "empty": (lambda p: p.write_bytes(b""), "less than 9 bytes"),
+    "no JSON": (
+        lambda p: p.write_bytes((4).to_bytes(8, "little") + b"{{{{" + bytes(9)),
+        "not a JSON object",
+    ),
+    "past the end": (
+        lambda p: rewrite_header(
+            p, lambda h: h["lm_head.weight"].update(data_offsets=[10**12, 10**12 + 400 * 32 * 4])
+        ),
+        "ends at byte",
+    ),
+    "wrong size": (
+        lambda p: rewrite_header(p, lambda h: h["lm_head.weight"].update(shape=[1, 1])),
+        "its entry for",
+    ),
+    "unknown dtype": (
+        lambda p: rewrite_header(p, lambda h: h["lm_head.weight"].update(dtype="I8")),
+        "its entry for",
+    ),
+    "negative": (
+        lambda p: rewrite_header(p, lambda h: h["lm_head.weight"].update(shape=[-400, -32])),
+        "its entry for",
+    ),
+    "weight missing": (
+        lambda p: rewrite_header(p, lambda h: h.pop("lm_head.weight")),
+        "'lm_head.weight' as none",
+    ),
+    "weight unknown": (
+        lambda p: rewrite_header(p, lambda h: h.update(extra=h["lm_head.weight"])),
+        "'extra' as [",
+    ),
+    "missing": (lambda p: p.unlink(), "is missing"),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_damaged_weights_are_one_sentence(saved, name):
+    damage, wanted = WEIGHTS[name]
+    damage(saved / "model.safetensors")
+    assert wanted in invoke("eval-blimp", "-m", saved, "-d", TINY / "blimp", code=1).stderr
+
+
+@pytest.mark.parametrize(
+    "change, wanted",
+    [
+        ({"model_type": "mamba"}, "model_type is 'mamba': expected llama or gpt2"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu': expected 'silu'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rotary positions are scaled"),
+        ({"num_attention_heads": "two"}, "num_attention_heads is 'two': expected int"),
+        ({"hidden_size": None}, "hidden_size is None: expected int"),
+        ({"num_attention_heads": 3}, "3 heads do not divide the width 32"),
+        ({"hidden_size": 64}, "config.json asks for"),
+        ({"vocab_size": 10}, "expected at least as many"),
+        ({"head_dim": 64}, "head_dim is 64: expected width / heads = 16"),
+    ],
+)
+def test_a_config_that_we_do_not_build_is_one_sentence(saved, change, wanted):
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | change))
+    assert wanted in invoke("eval-blimp", "-m", saved, "-d", TINY / "blimp", code=1).stderr
+
+
+def test_bad_pairs_name_file_and_line(saved, tmp_path):
+    pairs = tmp_path / "pairs"
+    write_pairs(pairs, "a.jsonl", [("A.", "B.")])
+    for line in (
+        '{"sentence_good": "A."}',
+        "not json",
+        "[]",
+        '{"sentence_good": "A.", "sentence_bad": 3}',
+        "",
+    ):
+        (pairs / "b.jsonl").write_text(
+            '{"sentence_good": "A.", "sentence_bad": "B."}\n' + line + "\n"
+        )
+        result = invoke("eval-blimp", "-m", saved, "-d", pairs, code=1)
+        assert "b.jsonl, line 2: expected a JSON object" in result.stderr
+    nowhere = invoke("eval-blimp", "-m", saved, "-d", tmp_path / "nowhere", code=1)
+    assert "nowhere holds no *.jsonl" in nowhere.stderr
+    write_pairs(pairs, "b.jsonl", [("A.", "word " * 40)])
+    assert "positions" in invoke("eval-blimp", "-m", saved, "-d", pairs, code=1).stderr
+
+
+def test_a_teacher_with_another_vocabulary_is_refused(tmp_path, saved):
+    config, text = brief_config(tmp_path), tmp_path / "text-300"
+    c.train_tokenizer(text, c.read_documents(TINY, r"dev\.txt"), 300)
+    result = invoke(
+        "train",
+        "-c",
+        config,
+        "-o",
+        tmp_path / "out/run",
+        "--objective",
+        "rkl",
+        "--teacher",
+        saved,
+        "--tokenizer",
+        text,
+        code=1,
+    )
+    assert "has another vocabulary" in result.stderr and not (tmp_path / "out/run").exists()
+
+
+# -----------------------------------------------------------------------------
+# The embedded data
+
+
+@pytest.fixture(scope="module")
+def maker():
+    spec = importlib.util.spec_from_file_location("make_tiny", HOME / "data/make_tiny.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_data_is_what_the_grammar_writes(maker, tmp_path):
+    maker.write(tmp_path)
+    made = {
+        path.relative_to(tmp_path): path.read_bytes()
+        for path in tmp_path.rglob("*")
+        if path.is_file()
+    }
+    kept = {path.relative_to(TINY): path.read_bytes() for path in TINY.rglob("*") if path.is_file()}
+    assert made == kept
+
+
+def test_no_scored_sentence_was_ever_heard():
+    heard = {
+        line for name in ("train.txt", "dev.txt") for line in (TINY / name).read_text().splitlines()
+    }
+    pairs = c.read_pairs(TINY / "blimp")
+    assert not heard & {text for pair in pairs for text in pair[:2]}
+    assert (
+        len({pair.paradigm for pair in pairs}) == 20
+        and len({pair.phenomenon for pair in pairs}) == 10
+    )
+    assert all(pair.good != pair.bad for pair in pairs)
+
+
+def test_a_bigram_model_fails_where_the_distance_is_long(maker):
+    scores = maker.bigram_scores()
+    for name in (
+        "subject_verb_agreement_prepositional_phrase",
+        "subject_verb_agreement_two_phrases",
+        "subject_verb_agreement_subject_relative",
+        "npi_scope",
+        "wh_vs_that_with_gap",
+    ):
+        assert scores[name] < 0.5, name
+    assert np.mean(list(scores.values())) < 0.65
+
+
+# -----------------------------------------------------------------------------
+# The file itself
+
+SOURCE = (HOME / "choobaca.py").read_text()
+TREE = ast.parse(SOURCE)
+
+
+def test_nothing_is_used_before_it_is_defined():
+    definitions = [n for n in TREE.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    line = {n.name: n.lineno for n in definitions}
+    loads = (
+        (n, x)
+        for n in definitions
+        for x in ast.walk(n)
+        if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Load)
+    )
+    assert {(n.name, x.id) for n, x in loads if line.get(x.id, 0) > n.end_lineno} == set()
+
+
+def test_the_files_bars():
+    lines = SOURCE.splitlines()
+    assert len(lines) < 1500 and max(map(len, lines)) <= 100
+    functions = [n for n in ast.walk(TREE) if isinstance(n, ast.FunctionDef)]
+    assert max(n.end_lineno - n.lineno + 1 for n in functions) <= 50
+    assert not re.search("TODO|FIXME|XXX", SOURCE)
+    top = {
+        alias.name.split(".")[0]
+        for n in ast.walk(TREE)
+        if isinstance(n, (ast.Import, ast.ImportFrom))
+        for alias in (n.names if isinstance(n, ast.Import) else [ast.alias(n.module)])
+    }
+    assert top - set(sys.stdlib_module_names) == {"click", "numpy", "torch", "tokenizers", "tqdm"}
+
+
+def test_every_setting_is_read_somewhere():
+    read = {
+        n.attr
+        for n in ast.walk(TREE)
+        if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)
+    }
+    assert {field.name for field in dataclasses.fields(c.Settings)} - read == set()
