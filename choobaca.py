@@ -823,7 +823,8 @@ def from_hf_config(path: Path) -> tuple[ModelSettings, int]:
          f"{path}: rotary positions are scaled, by {rope}: expected plain ones.")
     raw = {**rope, **raw}                           # newer files have rope_theta one level down
     for key, value in HF_FIXED[kind].items():
-        need(raw.get(key, value) == value, f"{path}: {key} is {raw[key]!r}: expected {value!r}.")
+        found = raw.get(key, value)
+        need(found == value, f"{path}: {key} is {found!r}: expected {value!r}.")
     if kind == "gpt2" and raw.get("n_inner") is None and type(raw.get("n_embd")) is int:
         raw["n_inner"] = 4 * raw["n_embd"]
     values = {name: raw[key] if raw.get(key) is not None else missing
@@ -1023,33 +1024,45 @@ def held_out_loss(model: Model, ids: np.ndarray, settings: Settings) -> float | 
     return total / (len(starts) * T) if len(starts) else None
 
 
-def describe_run(settings: Settings, corpus: Corpus, teachers: list[Path], device: str) -> dict:
+@dataclass
+class Run:
+    """A model of this session: to be trained, or, where it has no settings, there already."""
+    name: str
+    out: Path
+    settings: Settings | None
+    model: Model | None = None
+
+
+def describe_run(run: Run, corpus: Corpus, teachers: list[Run], device: str) -> dict:
     """What run.json says: all that it takes to know, and to repeat, what was done."""
-    weights = [digest((folder / "model.safetensors").read_bytes()) for folder in teachers]
-    code, prefix = Path(__file__).read_bytes(), corpus.vocabulary.prefix_id
+    weights = [digest((teacher.out / "model.safetensors").read_bytes()) for teacher in teachers]
+    code, vocabulary = Path(__file__).read_bytes(), corpus.vocabulary
     return {"argv": sys.argv[1:], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "settings": asdict(settings), "teachers": [str(folder) for folder in teachers],
+            "settings": asdict(run.settings), "teachers": [str(each.out) for each in teachers],
             "digests": {**corpus.digests, "choobaca.py": digest(code), "teachers": weights},
-            "prefix_token": corpus.vocabulary.tokenizer.id_to_token(prefix),
+            "prefix_token": vocabulary.tokenizer.id_to_token(vocabulary.prefix_id),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__}, "machine": platform.platform(),
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
             "threads": torch.get_num_threads()}
 
 
-def fit(settings: Settings, corpus: Corpus, teachers: list[Model], out: Path, device: str,
-        name: str) -> Model:
+def fit(run: Run, corpus: Corpus, teachers: list[Run], device: str) -> Model:
     """The trained model; its folder has the log from the first step, and the weights at the end.
 
     Nothing beside `train_step` has a part in what is learnt, looking at held-out text least of all:
     the batch, the rates and dropout's stream are functions of the step.
     """
+    settings, begin = run.settings, time.perf_counter()
     steps, per_epoch = count_steps(len(corpus.train), settings)
     model = new_model(settings, corpus.vocabulary.size, settings.seed).to(device).train()
-    optimizer, coach = make_optimizer(model, settings), Coach(teachers) if teachers else None
-    begin = time.perf_counter()
-    with open(out / "log.jsonl", "w", buffering=1) as log, \
-            tqdm(total=steps, desc=name, unit=" steps", dynamic_ncols=True) as bar:
+    optimizer = make_optimizer(model, settings)
+    coach = Coach([teacher.model for teacher in teachers]) if teachers else None
+    run.out.mkdir(parents=True, exist_ok=True)
+    (run.out / "model.safetensors").unlink(missing_ok=True)
+    write_json(run.out / "run.json", describe_run(run, corpus, teachers, device))
+    with open(run.out / "log.jsonl", "w", buffering=1) as log, \
+            tqdm(total=steps, desc=run.name, unit=" steps", dynamic_ncols=True) as bar:
         for step in range(steps):
             inputs, targets = (x.to(device) for x in batch_at(step, corpus.train, settings))
             beta = beta_at(step // per_epoch, math.ceil(steps / per_epoch), settings)
@@ -1058,9 +1071,9 @@ def fit(settings: Settings, corpus: Corpus, teachers: list[Model], out: Path, de
                 group["lr"] = rates["lr"]
             torch.manual_seed(dropout_seed(settings.seed, step))
             line = train_step(model, optimizer, coach, inputs, targets, settings, beta) | rates
-            need(math.isfinite(line["loss"]), f"{out}: the loss of step {step + 1} is "
+            need(math.isfinite(line["loss"]), f"{run.out}: the loss of step {step + 1} is "
                  f"{line['loss']}: try a lower --lr.")
-            seconds, last = time.perf_counter() - begin, step + 1 == steps
+            seconds = time.perf_counter() - begin
             speed = (step + 1) * targets.numel() / seconds
             log.write(json.dumps({"step": step + 1, **line, "seconds": seconds,
                                   "tokens_per_second": speed}) + "\n")
@@ -1069,10 +1082,10 @@ def fit(settings: Settings, corpus: Corpus, teachers: list[Model], out: Path, de
             bar.update()
             if step == 4:
                 minutes = seconds / (step + 1) * steps / 60
-                bar.write(f"{name}: about {minutes:.1f} minutes", file=sys.stderr)
-            if last:
-                save_model(out, model, corpus.vocabulary)
-            if last or settings.eval_every and (step + 1) % settings.eval_every == 0:
+                bar.write(f"{run.name}: about {minutes:.1f} minutes", file=sys.stderr)
+            if step + 1 == steps:
+                save_model(run.out, model, corpus.vocabulary)
+            if step + 1 == steps or settings.eval_every and (step + 1) % settings.eval_every == 0:
                 loss = held_out_loss(model, corpus.dev, settings)
                 log.write(json.dumps({"step": step + 1, "dev_loss": loss}) + "\n")
     return model.eval()
@@ -1299,25 +1312,38 @@ def teacher_folder(settings: Settings, corpus: Corpus, runs: Path) -> Path:
     return runs / f"teacher-{settings.model_type}-{digest(facts)[:8]}"
 
 
-def load_teacher(folder: Path, corpus: Corpus, device: str) -> Model:
-    """A trained teacher. Error: its vocabulary is not the student's."""
-    teacher, vocabulary = load_model(folder, device)
+def load_teacher(run: Run, corpus: Corpus, context: int, device: str) -> Model:
+    """A trained teacher. Error: its vocabulary is not the student's, its context is shorter."""
+    teacher, vocabulary = load_model(run.out, device)
     same = vocabulary.tokenizer.get_vocab() == corpus.vocabulary.tokenizer.get_vocab()
-    need(same and len(teacher.head) == corpus.vocabulary.size, f"{folder} has another vocabulary "
+    need(same and len(teacher.head) == corpus.vocabulary.size, f"{run.out} has another vocabulary "
          f"({vocabulary.size:,} tokens, {len(teacher.head):,} rows of embeddings) than the student "
          f"({corpus.vocabulary.size:,} tokens): expected the very same one.")
+    need(teacher.config.positions >= context, f"{run.out} takes {teacher.config.positions} tokens, "
+         f"--context is {context}: expected no more.")
     return teacher
 
 
-def describe_plan(name: str, out: Path, settings: Settings | None, corpus: Corpus) -> str:
-    """One line on a model that will be trained; without settings, on one that is there."""
-    if settings is None:
-        return f"{name:<9} {out}: there already, used as it is"
-    steps, per_epoch = count_steps(len(corpus.train), settings)
+def describe_plan(run: Run, corpus: Corpus) -> str:
+    """One line on what will be trained: size, objective, steps, tokens."""
+    if run.model:
+        return f"{run.name:<9} {run.out}: there already, used as it is"
+    settings, (steps, per_epoch) = run.settings, count_steps(len(corpus.train), run.settings)
     size = count_parameters(empty_model(settings, corpus.vocabulary.size))
-    return (f"{name:<9} {out}: {settings.model_type}, {size:,} parameters, {settings.objective}, "
-            f"{steps:,} steps of {settings.batch_size * settings.context:,} tokens, "
-            f"{steps / per_epoch:.1f} epochs")
+    return (f"{run.name:<9} {run.out}: {settings.model_type}, {size:,} parameters, "
+            f"{settings.objective}, {steps:,} steps of {settings.batch_size * settings.context:,} "
+            f"tokens, {steps / per_epoch:.1f} epochs")
+
+
+def report(runs: list[Run], corpus: Corpus, pairs: list[Pair]) -> None:
+    """Print what the models have learnt, side by side, and where they lie."""
+    results = {run.name: score_pairs(run.model, corpus.vocabulary, pairs, f"scoring the {run.name}")
+               for run in runs}
+    click.echo(pairs_table(results) + "\n")
+    for run in runs:
+        loss = held_out_loss(run.model, corpus.dev, runs[-1].settings)
+        shown = "" if loss is None else f", held-out loss {loss:.4f} nats a token"
+        click.echo(f"{run.name:<9} {run.out}{shown}")
 
 
 def choose_device(name: str) -> str:
@@ -1326,31 +1352,6 @@ def choose_device(name: str) -> str:
     need(name != "cuda" or there, "--device cuda: this machine, or this build of torch, has none: "
          "use --device cpu.")
     return name if name != "auto" else "cuda" if there else "cpu"
-
-
-def train_all(names: list[str], runs: list[tuple], models: list, corpus: Corpus,
-              device: str) -> None:
-    """Fill in the models that are None, in order: teachers alone, the last from all before it."""
-    for i, (out, settings) in enumerate(runs):
-        if models[i] is None:
-            teachers = range(i if i == len(runs) - 1 else 0)
-            out.mkdir(parents=True, exist_ok=True)
-            (out / "model.safetensors").unlink(missing_ok=True)
-            write_json(out / "run.json", describe_run(
-                settings, corpus, [runs[k][0] for k in teachers], device))
-            models[i] = fit(settings, corpus, [models[k] for k in teachers], out, device, names[i])
-
-
-def report(names: list[str], runs: list[tuple], models: list[Model], corpus: Corpus,
-           pairs: list[Pair]) -> None:
-    """Print what the models have learnt, side by side, and where they lie."""
-    results = {name: score_pairs(model, corpus.vocabulary, pairs, f"scoring the {name}")
-               for name, model in zip(names, models)}
-    click.echo(pairs_table(results) + "\n")
-    for name, (out, _), model in zip(names, runs, models):
-        loss = held_out_loss(model, corpus.dev, runs[-1][1])
-        shown = "" if loss is None else f", held-out loss {loss:.4f} nats a token"
-        click.echo(f"{name:<9} {out}{shown}")
 
 
 class Cli(click.Group):
@@ -1400,24 +1401,25 @@ def train_command(config: Path, out: Path | None, folders: tuple[Path, ...], ove
     need(not out.exists() or not any(out.iterdir()) or overwrite and holds == "a run",
          f"{out} already holds {holds}: choose another --out, or add --overwrite to repeat a run.")
     corpus, pairs = read_corpus(settings, out.parent), read_pairs(pairs, settings.sample)
-    runs = [(folder, None) for folder in folders]
-    for own in described:
-        folder = teacher_folder(own, corpus, out.parent)
-        runs.append((folder, None if (folder / "model.safetensors").exists() else own))
-    names = ["teacher"] if len(runs) == 1 else [f"teacher {i}" for i in range(1, len(runs) + 1)]
-    runs, names = [*runs, (out, settings)], [*names, "student" if runs else "model"]
-    models = [None if own else load_teacher(folder, corpus, device) for folder, own in runs]
-    positions = min((own or model.config).positions for (_, own), model in zip(runs, models))
-    need(settings.context <= positions, f"--context {settings.context} is longer than what a "
-         f"teacher takes, {positions}: lower it.")
-    encode_sentences(corpus.vocabulary, [text for pair in pairs for text in pair[:2]], positions)
-    click.echo(f"text      {settings.text}: {len(corpus.train):,} tokens, {len(corpus.dev):,} held "
-               f"out, vocabulary {corpus.vocabulary.size:,}", err=not dry_run)
-    for name, (folder, own) in zip(names, runs):
-        click.echo(describe_plan(name, folder, own, corpus), err=not dry_run)
+    lie = [(folder, None) for folder in folders]
+    lie += [(teacher_folder(own, corpus, out.parent), own) for own in described]
+    runs = [Run(f"teacher {i}" if len(lie) > 1 else "teacher", folder, own)
+            for i, (folder, own) in enumerate(lie, 1)]
+    for run in runs:
+        if run.settings is None or (run.out / "model.safetensors").exists():
+            run.model = load_teacher(run, corpus, settings.context, device)
+    runs.append(Run("student" if runs else "model", out, settings))
+    least = min((run.model.config if run.model else run.settings).positions for run in runs)
+    encode_sentences(corpus.vocabulary, [text for pair in pairs for text in pair[:2]], least)
+    for line in [f"text      {settings.text}: {len(corpus.train):,} tokens, {len(corpus.dev):,} "
+                 f"held out, vocabulary {corpus.vocabulary.size:,}",
+                 *(describe_plan(run, corpus) for run in runs)]:
+        click.echo(line, err=not dry_run)
+    for run in runs if not dry_run else []:
+        teachers = runs[:-1] if run is runs[-1] else []
+        run.model = run.model or fit(run, corpus, teachers, device)
     if not dry_run:
-        train_all(names, runs, models, corpus, device)
-        report(names, runs, models, corpus, pairs)
+        report(runs, corpus, pairs)
 
 
 @cli.command("eval-blimp")
