@@ -19,9 +19,12 @@ Read it from the top: the order of the file is the order of the data.
 One legend for the axes, used everywhere:
 
     B batch   T time   N = B * T tokens   C width   H heads   D = C / H   V vocabulary
+    n the tokens of a chunk: a part of N that is worked on at once
 
-The paper's temperature is called tau, for T is time. What differs from the paper, or from BabyLlama
-whose code it builds on, is marked in its place with the number that it has here:
+The paper's temperature is called tau, for T is time. "AKL paper" is Wu et al. 2024, "Rethinking
+Kullback-Leibler Divergence in Knowledge Distillation for Large Language Models". What differs from
+the paper, or from BabyLlama whose code it builds on, is marked in its place with the number that it
+has here:
 
     (1) every line of text begins with <s>, and its first word with a space: scoring asks for both
     (2) all 256 bytes are in the vocabulary from the start, so that no text is ever dropped
@@ -33,7 +36,6 @@ whose code it builds on, is marked in its place with the number that it has here
 import contextlib
 import dataclasses
 import difflib
-import errno
 import functools
 import hashlib
 import itertools
@@ -71,7 +73,7 @@ def need(condition, message: str) -> None:
         raise click.ClickException(message)
 
 
-def setting(default, help: str, choices: tuple = (), low=0, high=math.inf, path: bool = False):
+def setting(default, help: str, choices: tuple = (), low=0, high=2**31 - 1, path: bool = False):
     """A field of a settings class: its default, its help and the values it takes.
 
     The settings classes below are the only place where a setting is written down: flags, help, the
@@ -83,14 +85,17 @@ def setting(default, help: str, choices: tuple = (), low=0, high=math.inf, path:
 
 def checked(field: dataclasses.Field, value, source: str):
     """The value, if it fits the setting. Error: another type, out of range, no such choice."""
-    rules = field.metadata
-    value = float(value) if field.type is float and type(value) is int else value
-    need(type(value) is field.type, f"{source} is {value!r}: expected {field.type.__name__}.")
-    need(not rules["choices"] or value in rules["choices"],
-         f"{source} is {value!r}: expected one of {', '.join(rules['choices'])}.")
-    need(field.type in (bool, str) or rules["low"] <= value <= rules["high"] and value < math.inf,
-         f"{source} is {value}: expected {rules['low']} to {rules['high']}.")
-    return value
+    rules, shown = field.metadata, f"{source} is {repr(value)[:60]}"
+    need(type(value) is field.type or field.type is float and type(value) is int,
+         f"{shown}: expected {field.type.__name__}.")
+    if field.type is str:
+        need("\0" not in value, f"{shown}: expected text without a NUL.")
+        need(not rules["choices"] or value in rules["choices"],
+             f"{shown}: expected one of {', '.join(rules['choices'])}.")
+    elif field.type is not bool:
+        need(rules["low"] <= value <= rules["high"],
+             f"{shown}: expected {rules['low']} to {rules['high']}.")
+    return field.type(value)
 
 
 @contextlib.contextmanager
@@ -131,6 +136,12 @@ def digest(*contents: bytes) -> str:
     return total.hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file, read piece by piece."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 # -----------------------------------------------------------------------------
 # 1. Text to tokens
 #
@@ -139,11 +150,9 @@ def digest(*contents: bytes) -> str:
 @dataclass(frozen=True)
 class TextSettings:
     """What is read and how it becomes ids."""
-    text: str = setting(str(HOME / "data/tiny"), "Folder of training text in UTF-8: *.train and "
-                        "*.txt, but for dev.txt.", path=True)
+    text: str = setting(f"{HOME}/data/tiny", "Folder of text: *.train, *.txt; UTF-8.", path=True)
     dev: str = setting("", "Folder of held-out text, *.dev, dev.txt; empty: the same.", path=True)
-    tokenizer: str = setting("", "A tokenizer.json or its folder; empty: the first --teacher's, or "
-                             "else one is trained on the text.", path=True)
+    tokenizer: str = setting("", "A tokenizer.json or its folder; empty: train one.", path=True)
     vocab_size: int = setting(16_000, "V of the tokenizer, when one is trained.", low=259)
     prefix: str = setting("line", "Where the text gets the <s> that scoring begins with.",
                           choices=("line", "document", "none"))
@@ -159,6 +168,11 @@ class Vocabulary(NamedTuple):
     def size(self) -> int:
         """V, one more than the last id."""
         return max(self.tokenizer.get_vocab().values()) + 1
+
+    @property
+    def digest(self) -> str:
+        """Of all that decides which ids a text becomes."""
+        return digest(self.files["tokenizer.json"], str(self.prefix_id).encode())
 
 
 class Corpus(NamedTuple):
@@ -224,13 +238,15 @@ def load_vocabulary(path: Path) -> Vocabulary:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if path.with_name(name).exists():
             files[name] = path.with_name(name).read_bytes()
-            roles |= read_json(path.with_name(name))
+            beside = read_json(path.with_name(name))
+            roles |= {role: token for role, token in beside.items() if token is not None}
     try:
         tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
     except Exception as error:                      # the library raises nothing more precise
         raise click.ClickException(f"{path} is not a tokenizer of the tokenizers library: {error}.")
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True          # a "<s>" in a text is three letters, no token
     for token in (roles.get("bos_token"), roles.get("eos_token"), "<s>"):
         token = token.get("content") if isinstance(token, dict) else token
         if isinstance(token, str) and tokenizer.token_to_id(token) is not None:
@@ -272,22 +288,21 @@ HEADER = 512        # bytes before the ids: a line of JSON, filled up with space
 
 def encode_once(path: Path, vocabulary: Vocabulary, documents: list[list[str]], prefix: str,
                 digests: dict[str, str]) -> np.ndarray:
-    """The documents' ids, mapped from the file at `path`: uint16, or uint32 for V above 65,536.
+    """The documents' ids, kept in the file at `path`: uint16, or uint32 for V above 65,536.
 
-    The header names the text, the tokenizer and the number of ids. Where the file is not there, or
-    has another header or size, the text is encoded: nothing is ever used that does not fit.
+    Its header names the text, the tokenizer and the size. Where the file is not there, or has
+    another header or size, the text is encoded: nothing is ever used that does not fit.
     """
     dtype = np.dtype(np.uint16 if vocabulary.size <= 2**16 else np.uint32)
     facts = {"format": "choobaca ids 1", **digests, "prefix": prefix, "dtype": str(dtype)}
-    count = (path.stat().st_size - HEADER) / dtype.itemsize if path.exists() else 0
-    with open(path if count > 0 else os.devnull, "rb") as file:
-        found = file.read(HEADER).rstrip()
-    if count <= 0 or found != json.dumps({**facts, "count": count}).encode():
-        ids = encode(vocabulary, documents, prefix, dtype)
-        header = json.dumps({**facts, "count": float(len(ids))}).ljust(HEADER - 1) + "\n"
+    whole = path.read_bytes() if path.exists() else b""
+    size = len(whole) - HEADER
+    if whole[:HEADER] != json.dumps({**facts, "bytes": size}).ljust(HEADER).encode():
+        ids = encode(vocabulary, documents, prefix, dtype).tobytes()
+        whole = json.dumps({**facts, "bytes": len(ids)}).ljust(HEADER).encode() + ids
         with written_whole(path) as file:
-            file.write(header.encode() + ids.tobytes())
-    return np.memmap(path, dtype, "r", HEADER)
+            file.write(whole)
+    return np.frombuffer(whole, dtype, offset=HEADER)
 
 
 def read_corpus(settings: TextSettings, cache: Path) -> Corpus:
@@ -299,16 +314,17 @@ def read_corpus(settings: TextSettings, cache: Path) -> Corpus:
     need(dev or not settings.dev, f"{settings.dev} holds no *.dev and no dev.txt: expected text.")
     texts = [digest(*("\n".join(lines).encode() for lines in group)) for group in (train, dev)]
     given = load_vocabulary(Path(settings.tokenizer)) if settings.tokenizer else None
-    origin = given.files["tokenizer.json"] if given else str(settings.vocab_size).encode()
-    folder = cache / f"text-{digest(texts[0].encode(), origin, settings.prefix.encode())[:12]}"
+    origin = given.digest if given else f"{settings.vocab_size} tokens"
+    facts = " ".join((texts[0], origin, settings.prefix)).encode()
+    folder = cache / f"text-{digest(facts)[:12]}"
     if not given and not (folder / "tokenizer.json").exists():
         train_tokenizer(folder, train, settings.vocab_size)
     vocabulary = given or load_vocabulary(folder)
-    name = digest(vocabulary.files["tokenizer.json"])
     ids = [encode_once(folder / f"{part}.ids", vocabulary, documents, settings.prefix,
-                       {"text": text, "tokenizer": name}) if documents else np.zeros(0, np.uint16)
+                       {"text": text, "tokenizer": vocabulary.digest})
+           if documents else np.zeros(0, np.uint16)
            for part, documents, text in zip(("train", "dev"), (train, dev), texts)]
-    return Corpus(vocabulary, *ids, {"text": texts[0], "tokenizer": name})
+    return Corpus(vocabulary, *ids, {"text": texts[0], "tokenizer": vocabulary.digest})
 
 
 # -----------------------------------------------------------------------------
@@ -342,8 +358,8 @@ def row_starts(rows: int, settings: BatchSettings, epoch: int) -> np.ndarray:
 def batch_at(step: int, ids: np.ndarray, settings: BatchSettings) -> tuple[Tensor, Tensor]:
     """Inputs and targets of a step, (B, T) int64 each: a pure function of seed and step.
 
-    An epoch is one permutation of the rows, each once; what does not fill a batch is left out. As
-    there is no loader with a state, a run can go on from any step, and looking changes nothing.
+    An epoch is one permutation of the rows, each once; what does not fill a batch is left out.
+    There is no loader with a state, so nothing that happens between two steps can change them.
     """
     B, T = settings.batch_size, settings.context
     rows = count_rows(len(ids), settings)
@@ -612,7 +628,8 @@ def new_model(config: ModelSettings, vocab_size: int, seed: int) -> Model:
 def forward_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
     """KL(p || q) = sum p (log p - log q), with gradient q - p (AKL paper, Eq. 5).
 
-    The teacher's probabilities weigh the error: the student must cover all that the teacher says.
+    Mode-covering: the teacher's probabilities weigh the error, so the student must find likely
+    all that the teacher finds likely.
     """
     p = log_p.exp()
     return (p * (log_p - log_q)).sum(-1), log_q.exp() - p
@@ -621,7 +638,8 @@ def forward_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
 def reverse_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q || p) = sum q r with r = log q - log p, with gradient q (r - KL) (the paper's Eq. 5).
 
-    The student's own probabilities weigh it: what it says must be what the teacher would say.
+    Mode-seeking: the student's own probabilities weigh the error, so what it finds likely must be
+    likely to the teacher, but it may leave out some of what the teacher says.
     """
     q, r = log_q.exp(), log_q - log_p
     value = (q * r).sum(-1)
@@ -662,7 +680,8 @@ class FusedLoss(torch.autograd.Function):
 
     As the gradient with respect to z is known in closed form, each chunk is finished at once: its
     logits are made, turned into their own gradient, multiplied back, and forgotten. The sums of
-    the chunks add up to the whole: the paper's step-wise loss (segments of k = 5) is this loss.
+    the chunks add up to the whole, whatever their length: the paper's "step-wise loss", segments
+    of k = 5 tokens, is this very loss with another chunk.
 
     <- differs (3): the caller divides by the number of tokens, both parts alike.
     """
@@ -677,29 +696,30 @@ class FusedLoss(torch.autograd.Function):
         d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head)
         parts = hidden.new_zeros(2, dtype=torch.float64)            # cross-entropy, divergence
         divergence = DIVERGENCES.get(settings.objective)
-        tau, alpha = settings.temperature, settings.alpha if divergence else 1.0
+        tau, ce_weight = settings.temperature, settings.alpha if divergence else 1.0
         for i in range(0, len(hidden), chunk):
             rows = slice(i, i + chunk)
             z, target = hidden[rows] @ head.T, targets[rows, None]                      # (n, V)
             log_q = z.log_softmax(-1)
             parts[0] -= log_q.gather(1, target).sum(dtype=torch.float64)
-            d_z = log_q.exp_()                                                          # dCE/dz
-            d_z.scatter_add_(1, target, -torch.ones_like(d_z[:, :1]))       # softmax(z) - onehot
+            d_z = log_q.exp_()                              # dCE/dz = softmax(z) - onehot(target)
+            d_z.scatter_add_(1, target, -torch.ones_like(d_z[:, :1]))
             if divergence:
                 mixed = torch.lerp(z, teacher_hidden[rows] @ teacher_head.T, beta)      # Eq. 2
-                value, d_a = divergence((z / tau).log_softmax(-1), (mixed / tau).log_softmax(-1))
-                parts[1] += tau * tau * value.sum(dtype=torch.float64)
-                d_z.mul_(alpha).add_(d_a, alpha=(1 - alpha) * tau)      # a = z / tau: one tau less
+                value, d_scaled = divergence((z / tau).log_softmax(-1),
+                                             (mixed / tau).log_softmax(-1))
+                parts[1] += tau**2 * value.sum(dtype=torch.float64)
+                # d_scaled is with respect to z / tau, hence tau^2 / tau with respect to z.
+                d_z.mul_(ce_weight).add_(d_scaled, alpha=(1 - ce_weight) * tau)
             torch.mm(d_z, head, out=d_hidden[rows])
             d_head.addmm_(d_z.T, hidden[rows])
         ctx.save_for_backward(d_hidden, d_head)
         ctx.mark_non_differentiable(parts)
-        return (alpha * parts[0] + (1 - alpha) * parts[1]).to(hidden.dtype), parts
+        return (ce_weight * parts[0] + (1 - ce_weight) * parts[1]).to(hidden.dtype), parts
 
     @staticmethod
     def backward(ctx, d_loss, _):
-        """The gradients were made on the way forward; whatever the sum is divided by comes in here,
-        after the products, where it cannot make half-precision values vanish."""
+        """The gradients were made on the way forward; what the sum is divided by comes in here."""
         d_hidden, d_head = ctx.saved_tensors
         return d_hidden * d_loss, d_head * d_loss, None, None, None, None, None, None
 
@@ -735,7 +755,7 @@ class Coach:
 # -----------------------------------------------------------------------------
 # 6. Schedules and the optimizer
 #
-# step -> learning rate, epoch -> beta: pure functions, so there is no scheduler to save
+# step -> learning rate, epoch -> beta: pure functions, no scheduler with a state
 
 @dataclass(frozen=True)
 class OptimizerSettings:
@@ -765,7 +785,7 @@ def beta_at(epoch: int, epochs: int, settings: LossSettings) -> float:
     """The teacher's share of the mixed logits in an epoch counted from 0 (Eq. 3)."""
     if not settings.progressive:
         return settings.beta
-    return max(0.1, settings.beta * (1 - epoch / epochs))
+    return max(min(0.1, settings.beta), settings.beta * (1 - epoch / epochs))
 
 
 def make_optimizer(model: Model, settings: OptimizerSettings) -> torch.optim.AdamW:
@@ -801,15 +821,15 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 
 def to_hf_config(config: ModelSettings, vocabulary: Vocabulary) -> dict:
     """What config.json says of a model."""
-    kind, prefix = config.model_type, vocabulary.prefix_id
+    kind, end = config.model_type, vocabulary.tokenizer.token_to_id("</s>")
     config = replace(config, kv_heads=config.kv_heads or config.heads)
     sizes = {key: getattr(config, name) for name, (key, _) in HF_KEYS[kind].items()}
     if kind == "gpt2":
         sizes |= {"attn_pdrop": config.dropout, "embd_pdrop": config.dropout}
     return {"architectures": ["LlamaForCausalLM" if kind == "llama" else "GPT2LMHeadModel"],
             "model_type": kind, "vocab_size": vocabulary.size, **sizes, **HF_FIXED[kind],
-            "bos_token_id": prefix,
-            "eos_token_id": vocabulary.tokenizer.token_to_id("</s>") or prefix,
+            "bos_token_id": vocabulary.prefix_id,
+            "eos_token_id": vocabulary.prefix_id if end is None else end,
             "initializer_range": 0.02, "dtype": "float32"}
 
 
@@ -817,23 +837,22 @@ def from_hf_config(path: Path) -> tuple[ModelSettings, int]:
     """Shape and V of the model that a config.json describes. Error: one that is not built here."""
     raw = read_json(path)
     kind = raw.get("model_type")
-    need(kind in HF_KEYS, f"{path}: model_type is {kind!r}: expected {' or '.join(HF_KEYS)}.")
+    need(kind in list(HF_KEYS), f"{path}: model_type is {kind!r}: expected {' or '.join(HF_KEYS)}.")
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     need(isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) == "default",
          f"{path}: rotary positions are scaled, by {rope}: expected plain ones.")
-    raw = {**rope, **raw}                           # newer files have rope_theta one level down
+    raw = rope | {key: value for key, value in raw.items() if value is not None}
     for key, value in HF_FIXED[kind].items():
         found = raw.get(key, value)
         need(found == value, f"{path}: {key} is {found!r}: expected {value!r}.")
-    if kind == "gpt2" and raw.get("n_inner") is None and type(raw.get("n_embd")) is int:
-        raw["n_inner"] = 4 * raw["n_embd"]
-    values = {name: raw[key] if raw.get(key) is not None else missing
-              for name, (key, missing) in HF_KEYS[kind].items()}
+    if kind == "gpt2" and type(raw.get("n_embd")) is int:
+        raw = {"n_inner": 4 * raw["n_embd"]} | raw
+    values = {name: raw.get(key, missing) for name, (key, missing) in HF_KEYS[kind].items()}
     config = ModelSettings(model_type=kind, **{
         field.name: checked(field, values[field.name], f"{path}: {HF_KEYS[kind][field.name][0]}")
         for field in fields(ModelSettings) if field.name in values})
     V, D = raw.get("vocab_size"), config.width // config.heads
-    need(type(V) is int and V > 0, f"{path}: vocab_size is {V!r}: expected a number of tokens.")
+    need(type(V) is int and 0 < V < 2**31, f"{path}: vocab_size is {V!r}: expected a size.")
     need(raw.get("head_dim") in (None, D), f"{path}: head_dim is {raw.get('head_dim')}: expected "
          f"width / heads = {D}.")
     return config, V
@@ -940,20 +959,22 @@ def load_model(folder: Path, device: str) -> tuple[Model, Vocabulary]:
 
 @dataclass(frozen=True)
 class Settings(OptimizerSettings, LossSettings, ModelSettings, BatchSettings, TextSettings):
-    """All settings of a run. Those named here say how it is carried out, not what is learnt."""
+    """All settings of a run. Those named here say how it is carried out, not what is learnt.
+
+    The bases stand in reverse: a dataclass collects its fields from the last one to the first.
+    """
     teachers: int = setting(0, "How many of the config's teachers to learn from.", high=2)
-    device: str = setting("auto", "Where to compute; auto: cuda if there is one.",
-                          choices=("auto", "cpu", "cuda"))
+    device: str = setting("auto", "Where to compute.", choices=("auto", "cpu", "cuda"))
     micro_batch: int = setting(0, "Rows in memory at once, a divisor of the batch; 0: all.")
     chunk: int = setting(512, "Rows of logits that the loss holds at once.", low=1)
     eval_every: int = setting(0, "Steps between held-out losses; 0: only one, at the end.")
     dev_tokens: int = setting(0, "Read about this many held-out tokens, evenly spread; 0: all.")
-    pairs: str = setting("", "Folder of minimal pairs to score at the end; empty: data/blimp if it "
-                         "is there, else data/tiny/blimp.", path=True)
-    sample: int = setting(0, "Score about this many pairs, evenly spread; 0: all.")
+    pairs: str = setting("", "Folder of minimal pairs; empty: data/blimp, or data/tiny/blimp.",
+                         path=True)
+    sample: int = setting(0, "Score about this many pairs, a seeded draw; 0: all.")
 
     def __post_init__(self):
-        super().__post_init__()
+        super().__post_init__()                     # the shape of the model
         need(not self.micro_batch or self.batch_size % self.micro_batch == 0, "--micro-batch "
              f"{self.micro_batch} does not divide --batch-size {self.batch_size}.")
         need(self.context <= self.positions, f"--context {self.context} is longer than what the "
@@ -963,7 +984,7 @@ class Settings(OptimizerSettings, LossSettings, ModelSettings, BatchSettings, Te
 
     def learnt(self) -> dict:
         """The settings that decide what a model learns: none of this class's own, no paths."""
-        names = {field.name for parent in Settings.__mro__[1:-1] for field in fields(parent)
+        names = {field.name for base in Settings.__bases__ for field in fields(base)
                  if not field.metadata["path"]}
         return {name: value for name, value in asdict(self).items() if name in names}
 
@@ -977,21 +998,17 @@ def count_steps(tokens: int, settings: Settings) -> tuple[int, int]:
     return settings.steps or per_epoch * settings.epochs, per_epoch
 
 
-def dropout_seed(seed: int, step: int) -> int:
-    """The seed of a step's dropout, the only thing that draws on torch's global stream."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0])
-
-
 def train_step(model: Model, optimizer: torch.optim.Optimizer, coach: Coach | None, inputs: Tensor,
                targets: Tensor, settings: Settings, beta: float) -> dict[str, float]:
     """One optimizer step on inputs and targets (B, T): its losses and its gradient's norm.
 
-    Each micro-batch is divided by the tokens of the whole step: accumulating changes nothing.
+    Each micro-batch is divided by the tokens of the whole step, so that without dropout
+    accumulating changes nothing but the rounding.
     """
-    rows, tokens = settings.micro_batch or len(inputs), targets.numel()
+    at_once, tokens = settings.micro_batch or len(inputs), targets.numel()
     losses = torch.zeros(3, dtype=torch.float64, device=inputs.device)
     optimizer.zero_grad()
-    for ids, target in zip(inputs.split(rows), targets.split(rows)):
+    for ids, target in zip(inputs.split(at_once), targets.split(at_once)):
         coached = coach.hidden(ids).flatten(0, 1) if coach else None                # (N, C')
         loss, parts = FusedLoss.apply(
             model.hidden(ids).flatten(0, 1), model.head, target.flatten(), coached,
@@ -1011,8 +1028,8 @@ def held_out_loss(model: Model, ids: np.ndarray, settings: Settings) -> float | 
     The rows of T tokens are fixed: all of them, or every k-th where `dev_tokens` asks for fewer.
     """
     T, was_training, total = settings.context, model.training, 0.0
-    starts = np.arange(0, len(ids) - T, T)
-    starts = starts[::max(1, round(len(ids) / (settings.dev_tokens or max(1, len(ids)))))]
+    every = max(1, round(len(ids) / settings.dev_tokens)) if settings.dev_tokens else 1
+    starts = np.arange(0, len(ids) - T, T)[::every]
     model.eval()
     for i in range(0, len(starts), settings.batch_size):
         window = ids[starts[i:i + settings.batch_size, None] + np.arange(T + 1)].astype(np.int64)
@@ -1035,11 +1052,13 @@ class Run:
 
 def describe_run(run: Run, corpus: Corpus, teachers: list[Run], device: str) -> dict:
     """What run.json says: all that it takes to know, and to repeat, what was done."""
-    weights = [digest((teacher.out / "model.safetensors").read_bytes()) for teacher in teachers]
-    code, vocabulary = Path(__file__).read_bytes(), corpus.vocabulary
+    weights = [file_digest(path) for teacher in teachers
+               for path in sorted(teacher.out.glob("*.safetensors"))]
+    vocabulary = corpus.vocabulary
     return {"argv": sys.argv[1:], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "settings": asdict(run.settings), "teachers": [str(each.out) for each in teachers],
-            "digests": {**corpus.digests, "choobaca.py": digest(code), "teachers": weights},
+            "digests": {**corpus.digests, "choobaca.py": file_digest(Path(__file__)),
+                        "teachers": weights},
             "prefix_token": vocabulary.tokenizer.id_to_token(vocabulary.prefix_id),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__}, "machine": platform.platform(),
@@ -1058,9 +1077,8 @@ def fit(run: Run, corpus: Corpus, teachers: list[Run], device: str) -> Model:
     model = new_model(settings, corpus.vocabulary.size, settings.seed).to(device).train()
     optimizer = make_optimizer(model, settings)
     coach = Coach([teacher.model for teacher in teachers]) if teachers else None
-    run.out.mkdir(parents=True, exist_ok=True)
-    (run.out / "model.safetensors").unlink(missing_ok=True)
     write_json(run.out / "run.json", describe_run(run, corpus, teachers, device))
+    (run.out / "model.safetensors").unlink(missing_ok=True)
     with open(run.out / "log.jsonl", "w", buffering=1) as log, \
             tqdm(total=steps, desc=run.name, unit=" steps", dynamic_ncols=True) as bar:
         for step in range(steps):
@@ -1069,10 +1087,10 @@ def fit(run: Run, corpus: Corpus, teachers: list[Run], device: str) -> Model:
             rates = ({"beta": beta} if coach else {}) | {"lr": lr_at(step, steps, settings)}
             for group in optimizer.param_groups:
                 group["lr"] = rates["lr"]
-            torch.manual_seed(dropout_seed(settings.seed, step))
+            torch.manual_seed(settings.seed * 2**32 + step)     # dropout's stream, used by it alone
             line = train_step(model, optimizer, coach, inputs, targets, settings, beta) | rates
-            need(math.isfinite(line["loss"]), f"{run.out}: the loss of step {step + 1} is "
-                 f"{line['loss']}: try a lower --lr.")
+            need(math.isfinite(line["loss"] + line["norm"]), f"{run.out}: step {step + 1} has a "
+                 f"loss of {line['loss']} and a gradient of {line['norm']}: try a lower --lr.")
             seconds = time.perf_counter() - begin
             speed = (step + 1) * targets.numel() / seconds
             log.write(json.dumps({"step": step + 1, **line, "seconds": seconds,
@@ -1132,14 +1150,17 @@ def read_pairs(folder: Path, sample: int = 0) -> list[Pair]:
         for number, line in enumerate(path.read_bytes().splitlines(), 1):
             try:
                 item = json.loads(line)
-                texts = item["sentence_good"], item["sentence_bad"]
-            except (ValueError, TypeError, KeyError, RecursionError):
-                texts = (None, None)
-            need(all(isinstance(text, str) for text in texts), f"{path}, line {number}: expected a "
-                 f"JSON object with strings sentence_good and sentence_bad, found {line[:60]!r}.")
-            paradigm = str(item.get("UID", path.stem))
-            term = str(item.get("linguistics_term", paradigm))
-            pairs.append(Pair(*texts, paradigm, term.replace("s-selection", "argument_structure")))
+                paradigm = str(item.get("UID", path.stem))
+                term = str(item.get("linguistics_term", paradigm))
+                # BLiMP's paper counts its two s-selection paradigms under argument structure.
+                pair = Pair(item["sentence_good"], item["sentence_bad"], paradigm,
+                            term.replace("s-selection", "argument_structure"))
+                "".join(pair).encode()              # fails where one is no string, or half of one
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+                raise click.ClickException(
+                    f"{path}, line {number}: expected a JSON object with strings sentence_good and "
+                    f"sentence_bad, found {line[:60]!r}.")
+            pairs.append(pair)
     need(pairs, f"{folder}: its *.jsonl are empty: expected minimal pairs.")
     share = min(1.0, sample / len(pairs)) if sample else 1.0
     groups, draw = group_by(pairs, lambda pair: pair.paradigm), np.random.default_rng(0)
@@ -1184,6 +1205,8 @@ def score_sentences(model: Model, vocabulary: Vocabulary, sentences: list[str],
             for i, row in zip(batch, scores.double().cpu().view(len(batch), -1)):
                 totals[unique[i]] = row[:len(ids[i]) - 1].sum().item()
             bar.update(len(batch))
+    need(np.isfinite(list(totals.values())).all(), "the model's scores are not finite numbers: its "
+         "weights are ruined, perhaps by too high a learning rate.")
     return np.array([totals[text] for text in sentences])
 
 
@@ -1216,7 +1239,8 @@ def score_pairs(model: Model, vocabulary: Vocabulary, pairs: list[Pair], name: s
 
 def pairs_table(results: dict[str, dict]) -> str:
     """The scores of one or more models on the same pairs, side by side, in percent."""
-    first, *_ = columns = list(results.values())
+    columns = list(results.values())
+    first = columns[0]
     lines = [("accuracy and standard error, in %", "n", [f"{name:>14}" for name in results])]
 
     def add(label: str, rows: list[dict]) -> None:
@@ -1254,12 +1278,17 @@ def settings_flags(command):
     return command
 
 
-def check_keys(table: dict, source: str, folder: Path) -> dict:
+TEACHERS_OWN = [field.name for group in (ModelSettings, BatchSettings, OptimizerSettings)
+                for field in fields(group)] + ["micro_batch"]
+
+
+def check_keys(table: dict, allowed, source: str, folder: Path) -> dict:
     """The settings in a table of a TOML file, checked; paths are taken from the file's folder."""
     values = {}
     for key, value in table.items():
-        near = difflib.get_close_matches(key, KNOWN, 1, 0.0)
-        need(key in KNOWN, f"{source}: unknown key {key!r}; did you mean {near[0]!r}?")
+        if key not in allowed:
+            near, = difflib.get_close_matches(key, allowed, 1, 0.0)
+            raise click.ClickException(f"{source}: unknown key {key!r}; did you mean {near!r}?")
         value = checked(KNOWN[key], value, f"{source}: {key}")
         values[key] = str(folder / value) if KNOWN[key].metadata["path"] and value else value
     return values
@@ -1274,8 +1303,9 @@ def read_config(path: Path) -> tuple[dict, list[dict]]:
     tables = raw.pop("teacher", [])
     need(isinstance(tables, list) and all(isinstance(table, dict) for table in tables),
          f"{path}: teacher is not a list of tables: expected each under [[teacher]].")
-    return check_keys(raw, str(path), path.parent), [
-        check_keys(table, f"{path}, teacher {i}", path.parent) for i, table in enumerate(tables, 1)]
+    return check_keys(raw, KNOWN, str(path), path.parent), [
+        check_keys(table, TEACHERS_OWN, f"{path}, teacher {i}", path.parent)
+        for i, table in enumerate(tables, 1)]
 
 
 def read_settings(config: Path, flags: dict,
@@ -1294,7 +1324,10 @@ def read_settings(config: Path, flags: dict,
              "--teachers and --teacher, or choose another objective.")
         values["teachers"] = 0
     if teachers:
-        need(len(teachers) <= 2, f"--teacher is given {len(teachers)} times: expected 1 or 2.")
+        count = len(set(teachers))
+        need(count == len(teachers) <= 2 and flags["teachers"] in (None, count), "--teacher names "
+             f"{', '.join(map(str, teachers))}: expected one folder or two different ones, and "
+             "--teachers, if given, to be their number.")
         tables, values["teachers"] = [], len(teachers)
         values["tokenizer"] = values.get("tokenizer") or str(teachers[0])
     settings = Settings(**values)
@@ -1306,21 +1339,20 @@ def read_settings(config: Path, flags: dict,
 
 
 def teacher_folder(settings: Settings, corpus: Corpus, runs: Path) -> Path:
-    """Where a teacher of these settings and this text lies. The name has their digest, so that what
-    is found there is the very teacher that is asked for."""
+    """Where a teacher of these settings and this text lies: the name has their digest, so what is
+    found there was trained for just that (by which version of this file, its run.json says)."""
     facts = json.dumps([settings.learnt(), corpus.digests]).encode()
     return runs / f"teacher-{settings.model_type}-{digest(facts)[:8]}"
 
 
-def load_teacher(run: Run, corpus: Corpus, context: int, device: str) -> Model:
-    """A trained teacher. Error: its vocabulary is not the student's, its context is shorter."""
+def load_teacher(run: Run, corpus: Corpus, device: str) -> Model:
+    """A trained teacher. Error: its vocabulary is not the student's."""
     teacher, vocabulary = load_model(run.out, device)
-    same = vocabulary.tokenizer.get_vocab() == corpus.vocabulary.tokenizer.get_vocab()
-    need(same and len(teacher.head) == corpus.vocabulary.size, f"{run.out} has another vocabulary "
-         f"({vocabulary.size:,} tokens, {len(teacher.head):,} rows of embeddings) than the student "
-         f"({corpus.vocabulary.size:,} tokens): expected the very same one.")
-    need(teacher.config.positions >= context, f"{run.out} takes {teacher.config.positions} tokens, "
-         f"--context is {context}: expected no more.")
+    own, ours = (json.loads(each.tokenizer.to_str())["model"]
+                 for each in (vocabulary, corpus.vocabulary))
+    need(own == ours and len(teacher.head) == corpus.vocabulary.size, f"{run.out} has another "
+         f"vocabulary ({vocabulary.size:,} tokens, {len(teacher.head):,} rows of embeddings) than "
+         f"the student ({corpus.vocabulary.size:,} tokens): expected the very same one.")
     return teacher
 
 
@@ -1361,7 +1393,7 @@ class Cli(click.Group):
         try:
             return super().invoke(ctx)
         except OSError as error:
-            need(error.errno in (None, errno.EPIPE), f"{error.filename or 'A file'}: "
+            need(isinstance(error, BrokenPipeError), f"{error.filename or 'A file'}: "
                  f"{error.strerror}. Is it there, may it be used, has the disk room?")
             raise
 
@@ -1400,17 +1432,23 @@ def train_command(config: Path, out: Path | None, folders: tuple[Path, ...], ove
     holds = "a run" if (out / "run.json").exists() else "files that are no run"
     need(not out.exists() or not any(out.iterdir()) or overwrite and holds == "a run",
          f"{out} already holds {holds}: choose another --out, or add --overwrite to repeat a run.")
-    corpus, pairs = read_corpus(settings, out.parent), read_pairs(pairs, settings.sample)
-    lie = [(folder, None) for folder in folders]
-    lie += [(teacher_folder(own, corpus, out.parent), own) for own in described]
-    runs = [Run(f"teacher {i}" if len(lie) > 1 else "teacher", folder, own)
-            for i, (folder, own) in enumerate(lie, 1)]
-    for run in runs:
+    pairs = read_pairs(pairs, settings.sample)
+    corpus = read_corpus(settings, out.parent)
+    runs = [Run("", folder, None) for folder in folders]
+    runs += [Run("", teacher_folder(own, corpus, out.parent), own) for own in described]
+    for i, run in enumerate(runs, 1):
+        run.name = f"teacher {i}" if len(runs) > 1 else "teacher"
         if run.settings is None or (run.out / "model.safetensors").exists():
-            run.model = load_teacher(run, corpus, settings.context, device)
+            run.model = load_teacher(run, corpus, device)
     runs.append(Run("student" if runs else "model", out, settings))
-    least = min((run.model.config if run.model else run.settings).positions for run in runs)
-    encode_sentences(corpus.vocabulary, [text for pair in pairs for text in pair[:2]], least)
+    need(len({run.out.resolve() for run in runs}) == len(runs), "two models would lie in one "
+         "folder: expected teachers of different settings, and --out to be neither.")
+    texts = [text for pair in pairs for text in pair[:2]]
+    for run in runs:
+        positions = (run.model.config if run.model else run.settings).positions
+        need(settings.context <= positions, f"{run.name}: --context {settings.context} is longer "
+             f"than what it takes, {positions}.")
+        encode_sentences(corpus.vocabulary, texts, positions)
     for line in [f"text      {settings.text}: {len(corpus.train):,} tokens, {len(corpus.dev):,} "
                  f"held out, vocabulary {corpus.vocabulary.size:,}",
                  *(describe_plan(run, corpus) for run in runs)]:
@@ -1430,7 +1468,7 @@ def train_command(config: Path, out: Path | None, folders: tuple[Path, ...], ove
               help="Folder of minimal pairs, *.jsonl as BLiMP's.  [default: data/blimp if it is "
                    "there, else data/tiny/blimp]")
 @click.option("--sample", type=click.IntRange(0), default=0,
-              help="Score about this many pairs, evenly spread; 0: all.")
+              help="Score about this many pairs, a seeded draw; 0: all.")
 @click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto",
               show_default=True, help="Where to compute.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object in place of the table.")

@@ -154,6 +154,21 @@ def test_prefix_setting(vocabulary, prefix, expected):
     assert ids.tolist() == [i for piece in pieces for i in piece]
 
 
+def test_a_special_token_in_the_text_is_text(vocabulary):
+    assert 1 not in vocabulary.tokenizer.encode("a <s> b", add_special_tokens=False).ids
+
+
+def test_another_prefix_token_makes_other_ids(tmp_path, vocabulary):
+    text, folder = tmp_path / "text", tmp_path / "tokenizer"
+    text.mkdir(), folder.mkdir()
+    (text / "a.txt").write_text("A dog.")
+    (folder / "tokenizer.json").write_bytes(vocabulary.files["tokenizer.json"])
+    for token, first in (("<s>", 1), ("</s>", 2)):
+        (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": token}))
+        read = c.read_corpus(settings(text=str(text), tokenizer=str(folder)), tmp_path / "cache")
+        assert read.train[0] == first
+
+
 def test_documents_are_sorted_and_the_held_out_text_is_not_read_twice(tmp_path):
     for name in ("b.train", "a.txt", "dev.txt", "c.dev", "notes.md"):
         (tmp_path / name).write_text(f"{name}\n\n  indented \r\n")
@@ -178,7 +193,7 @@ def test_ids_are_made_again_when_anything_changed(tmp_path, vocabulary):
         ids("Two dogs.", {"text": "2"})
         assert (tmp_path / "x.ids").read_bytes() == whole
     header = json.loads(whole[: c.HEADER])
-    assert header["count"] == len(ids("Two dogs.", {"text": "2"})) and header["text"] == "2"
+    assert header["bytes"] == len(whole) - c.HEADER and header["text"] == "2"
 
 
 # -----------------------------------------------------------------------------
@@ -525,6 +540,7 @@ def test_beta_is_equation_3():
         0.117,
     ]
     assert c.beta_at(99, 100, s) == 0.1
+    assert c.beta_at(1, 2, settings(beta=0.05, progressive=True)) == 0.05
     assert c.beta_at(5, 6, settings(beta=0.7)) == 0.7
 
 
@@ -584,6 +600,17 @@ def test_the_prefix_token_is_what_the_folder_says(tmp_path, vocabulary):
     assert c.load_vocabulary(tmp_path).prefix_id == 2
     (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<pad>"}')
     assert c.load_vocabulary(tmp_path).prefix_id == 0
+
+
+def test_a_theta_said_twice_and_a_null(tmp_path, vocabulary):
+    c.save_model(tmp_path, model(V=vocabulary.size, rope_theta=777.0), vocabulary)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for theta in (
+        {"rope_theta": 777.0},
+        {"rope_theta": None, "rope_parameters": {"rope_theta": 777.0}},
+    ):
+        (tmp_path / "config.json").write_text(json.dumps({**config, **theta}))
+        assert c.load_model(tmp_path, "cpu")[0].config.rope_theta == 777.0
 
 
 def test_a_file_that_fails_half_way_leaves_nothing(tmp_path):
@@ -846,10 +873,7 @@ def test_every_flag_has_help_and_stands_once():
     for name, command in c.cli.commands.items():
         flags = [flag for option in command.params for flag in option.opts + option.secondary_opts]
         assert len(flags) == len(set(flags))
-        assert all(
-            option.help and "." in option.help
-            for option in command.params
-        )
+        assert all(option.help and "." in option.help for option in command.params)
         assert "Example:" in invoke(name, "--help").output
 
 
@@ -880,6 +904,15 @@ def bad_inputs(folder: Path):
     yield toml("lr = nan"), "lr is nan"
     yield toml("lr = "), "is not TOML"
     yield toml("teacher = 3"), "under [[teacher]]"
+    yield toml("[[teacher]]\ntext = 'x'"), "teacher 1: unknown key 'text'"
+    yield toml(f"lr = 1{'0' * 400}"), "lr is 1000"
+    yield toml('text = "a\\u0000b"'), "without a NUL"
+    yield (
+        [*train, "--seed", "18446744073709551616"],
+        "--seed is 18446744073709551616: expected 0 to",
+    )
+    yield [*train, "--objective", "rkl", "--teacher", "a", "--teacher", "a"], "two different ones"
+    yield [*train, "--objective", "rkl", "--teacher", "a", "--teachers", "2"], "to be their number"
     yield toml("[[teacher]]\nwidht = 3"), "teacher 1: unknown key 'widht'; did you mean 'width'?"
     yield ["train", "-c", folder / "none.toml"], "none.toml: No such file"
     yield [*train, "--objective", "magic"], "'magic' is not one of 'ce', 'fkl', 'rkl'"
@@ -1023,6 +1056,8 @@ def test_damaged_weights_are_one_sentence(saved, name):
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rotary positions are scaled"),
         ({"num_attention_heads": "two"}, "num_attention_heads is 'two': expected int"),
         ({"hidden_size": None}, "hidden_size is None: expected int"),
+        ({"model_type": ["llama"]}, "model_type is ['llama']"),
+        ({"vocab_size": 10**30}, "vocab_size is 1000"),
         ({"num_attention_heads": 3}, "3 heads do not divide the width 32"),
         ({"hidden_size": 64}, "config.json asks for"),
         ({"vocab_size": 10}, "expected at least as many"),
@@ -1043,6 +1078,7 @@ def test_bad_pairs_name_file_and_line(saved, tmp_path):
         "not json",
         "[]",
         '{"sentence_good": "A.", "sentence_bad": 3}',
+        r'{"sentence_good": "A.", "sentence_bad": "\ud83d"}',
         "",
     ):
         (pairs / "b.jsonl").write_text(
@@ -1054,6 +1090,57 @@ def test_bad_pairs_name_file_and_line(saved, tmp_path):
     assert "nowhere holds no *.jsonl" in nowhere.stderr
     write_pairs(pairs, "b.jsonl", [("A.", "word " * 40)])
     assert "positions" in invoke("eval-blimp", "-m", saved, "-d", pairs, code=1).stderr
+
+
+def test_ruined_weights_are_said_to_be_so(saved, vocabulary):
+    broken, _ = c.load_model(saved, "cpu")
+    with torch.no_grad():
+        broken.norm.weight.fill_(math.nan)
+    c.save_model(saved, broken, vocabulary)
+    write_pairs(saved, "pairs.jsonl", [("A.", "B.")])
+    result = invoke("eval-blimp", "-m", saved, "-d", saved, code=1)
+    assert "not finite" in result.stderr
+    learning = ["--lr", "1e9", "--clip", "0", "--steps", "40"]
+    result = invoke(
+        "train", "-c", brief_config(saved.parent), "-o", saved.parent / "r", *learning, code=1
+    )
+    assert "try a lower --lr" in result.stderr
+    assert not (saved.parent / "r/model.safetensors").exists()
+
+
+def test_teachers_that_cannot_teach(tmp_path):
+    config = brief_config(tmp_path, 'objective = "rkl"\nteachers = 2')
+    text = config.read_text()
+    config.write_text(text.replace("width = 48", "positions = 16\ncontext = 16\nwidth = 48"))
+    result = invoke("train", "-c", config, "-o", tmp_path / "a/run", code=1)
+    assert "teacher 1: --context 32 is longer than what it takes, 16" in result.stderr
+    config.write_text(
+        text.replace('model_type = "gpt2"', "")
+        .replace("dropout = 0.1", "")
+        .replace("tied = true", "")
+    )
+    result = invoke("train", "-c", config, "-o", tmp_path / "b/run", code=1)
+    assert "teachers of different settings" in result.stderr
+
+
+def test_a_teacher_is_not_overwritten_by_its_student(tmp_path):
+    config, out = brief_config(tmp_path), tmp_path / "run"
+    invoke("train", "-c", config, "-o", out)
+    before = (out / "model.safetensors").read_bytes()
+    again = [
+        "train",
+        "-c",
+        config,
+        "-o",
+        out,
+        "--teacher",
+        out,
+        "--objective",
+        "rkl",
+        "--overwrite",
+    ]
+    assert "would lie in one" in invoke(*again, code=1).stderr
+    assert (out / "model.safetensors").read_bytes() == before
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(tmp_path, saved):

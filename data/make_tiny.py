@@ -159,11 +159,11 @@ class Speaker:
         noun = self.pick(LIVING if self.chance(0.4) else THINGS)
         return self.plain(noun, self.chance(0.5), owner if self.chance(0.6) else "")
 
-    def place(self, many: bool | None = None, depth: int = 0) -> str:
+    def place(self, many: bool | None = None, again: float = 0.0) -> str:
         """A prepositional phrase: near the cats, sometimes with another inside it."""
         many = self.chance(0.5) if many is None else many
         inner = self.plain(self.pick(LIVING + THINGS), many)
-        return f"{self.pick(PLACES)} {inner}" + (f" {self.place()}" if self.chance(depth) else "")
+        return f"{self.pick(PLACES)} {inner}" + (f" {self.place()}" if self.chance(again) else "")
 
     def relative(self, noun: Noun, many: bool) -> str:
         """A relative clause: that likes the cats, or: that the cats like."""
@@ -176,7 +176,7 @@ class Speaker:
         """A noun phrase with what may stand behind it."""
         text, kind = self.plain(noun, many, determiner), self.random.random()
         if kind < 0.38:
-            return f"{text} {self.place(depth=0.25)}"
+            return f"{text} {self.place(again=0.25)}"
         return f"{text} {self.relative(noun, many)}" if kind < 0.76 else text
 
     # -- sentences of the text -------------------------------------------------
