@@ -1237,8 +1237,8 @@ def score_pairs(model: Model, vocabulary: Vocabulary, pairs: list[Pair], name: s
             "prefix_token": vocabulary.tokenizer.id_to_token(vocabulary.prefix_id)}
 
 
-def pairs_table(results: dict[str, dict]) -> str:
-    """The scores of one or more models on the same pairs, side by side, in percent."""
+def pairs_table(results: dict[str, dict], paradigms: bool) -> str:
+    """The scores of models on the same pairs, side by side, in percent."""
     columns = list(results.values())
     first = columns[0]
     lines = [("accuracy and standard error, in %", "n", [f"{name:>14}" for name in results])]
@@ -1250,7 +1250,7 @@ def pairs_table(results: dict[str, dict]) -> str:
     for term in first["phenomena"]:
         add(term, [column["phenomena"][term] for column in columns])
         members = [uid for uid, row in first["paradigms"].items() if row["phenomenon"] == term]
-        for uid in members if members != [term] else []:
+        for uid in members if paradigms and members != [term] else []:
             add("  " + uid, [column["paradigms"][uid] for column in columns])
     add(f"mean of {len(first['paradigms'])} paradigms", columns)
     lines.append(("ties, given to the good sentence", "", [f"{c['ties']:>14,}" for c in columns]))
@@ -1371,7 +1371,7 @@ def report(runs: list[Run], corpus: Corpus, pairs: list[Pair]) -> None:
     """Print what the models have learnt, side by side, and where they lie."""
     results = {run.name: score_pairs(run.model, corpus.vocabulary, pairs, f"scoring the {run.name}")
                for run in runs}
-    click.echo(pairs_table(results) + "\n")
+    click.echo(pairs_table(results, paradigms=False) + "\n")
     for run in runs:
         loss = held_out_loss(run.model, corpus.dev, runs[-1].settings)
         shown = "" if loss is None else f", held-out loss {loss:.4f} nats a token"
@@ -1486,10 +1486,11 @@ def eval_blimp_command(folder: Path | None, data: Path | None, sample: int, devi
     data = data or default_pairs()
     pairs = read_pairs(data, sample)
     model, vocabulary = load_model(folder, choose_device(device))
-    result = {"model": str(folder), "data": str(data)}
+    result = {"model": str(folder), "data": str(data).removeprefix(f"{HOME}/")}
     result |= score_pairs(model, vocabulary, pairs, "scoring")
+    table = pairs_table({"accuracy": result}, paradigms=True)
     click.echo(json.dumps(result, indent=2) if as_json else
-               f"{folder} on {data}\n\n{pairs_table({'accuracy': result})}")
+               f"{folder} on {result['data']}\n\n{table}")
 
 
 if __name__ == "__main__":

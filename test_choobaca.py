@@ -800,7 +800,8 @@ def test_ties_means_and_groups(tmp_path, vocabulary):
     assert math.isclose(result["accuracy"], 2.5 / 3)
     assert set(result["phenomena"]) == {"argument_structure", "three"}
     assert result["phenomena"]["argument_structure"]["accuracy"] == 0.75
-    table = c.pairs_table({"a": result, "b": result})
+    table = c.pairs_table({"a": result, "b": result}, paradigms=True)
+    assert "  two" in table and "  two" not in c.pairs_table({"a": result}, paradigms=False)
     assert "argument_structure" in table and "mean of 3 paradigms" in table and "75.0" in table
 
 
@@ -1253,3 +1254,29 @@ def test_every_setting_is_read_somewhere():
         if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)
     }
     assert {field.name for field in dataclasses.fields(c.Settings)} - read == set()
+
+
+def readme_settings() -> str:
+    """The README's table of settings, as it has to be."""
+    rows = ["| setting | what | default |", "|---|---|---|"]
+    for field in dataclasses.fields(c.Settings):
+        help, default = field.metadata["help"], str(field.default).removeprefix(f"{HOME}/")
+        choices = f" One of {', '.join(field.metadata['choices'])}." * bool(
+            field.metadata["choices"]
+        )
+        name = field.name.replace("_", "-")
+        rows.append(f"| `--{name}` | {help}{choices} | {default and f'`{default}`'} |")
+    return "\n".join(rows)
+
+
+def test_the_readme_is_of_this_program(default_run):
+    """Its table of settings is the program's, its log keys are all there, its output is real."""
+    readme = (HOME / "README.md").read_text()
+    assert readme_settings() in readme, readme_settings()
+    log = (default_run / "runs/tiny-rkl-1-seed0/log.jsonl").read_text().splitlines()
+    keys = {key for line in log for key in json.loads(line)}
+    assert set(re.findall(r"^\| `(\w+)` \|", readme, re.M)) == keys
+    assert f"about {round(len(SOURCE.splitlines()), -2):,} lines" in readme
+    for line in (default_run / "out.txt").read_text().splitlines():
+        shown = re.sub(r"[\d.]+", "#", line).strip()
+        assert shown in re.sub(r"[\d.]+", "#", readme), line
