@@ -189,7 +189,7 @@ def read_lines(path: Path) -> list[str]:
     Error: nothing in it, or a byte that is not UTF-8 (which it names).
     """
     try:
-        text = path.read_bytes().decode("utf-8-sig")
+        text = path.read_bytes().decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise click.ClickException(f"{path} is not UTF-8: byte {error.start} is "
                                    f"0x{error.object[error.start]:02x}. Save the file as UTF-8.")
@@ -201,8 +201,7 @@ def read_lines(path: Path) -> list[str]:
 def read_documents(folder: Path, names: str) -> list[list[str]]:
     """The documents of the files whose names match, in the order of their names."""
     need(folder.is_dir(), f"{folder} is not a folder: expected one that holds text files.")
-    paths = sorted(path for path in folder.iterdir() if re.fullmatch(names, path.name))
-    return [read_lines(path) for path in paths]
+    return [read_lines(path) for path in sorted(folder.iterdir()) if re.fullmatch(names, path.name)]
 
 
 def train_tokenizer(folder: Path, documents: list[list[str]], vocab_size: int) -> None:
@@ -213,17 +212,15 @@ def train_tokenizer(folder: Path, documents: list[list[str]], vocab_size: int) -
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     tokenizer.decoder = decoders.ByteLevel()
     specials = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())          # <- differs (2)
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, min_frequency=2, show_progress=False,
-                                  special_tokens=list(specials.values()),
-                                  initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, min_frequency=2, special_tokens=list(specials.values()),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),           # <- differs (2)
+        show_progress=False)
     lines = list(itertools.chain.from_iterable(documents))
-    bar = tqdm(lines, "learning the vocabulary", leave=False, unit=" lines")
-    tokenizer.train_from_iterator(bar, trainer)
+    tokenizer.train_from_iterator(tqdm(lines, "vocabulary", leave=False, unit=" lines"), trainer)
     write_json(folder / "special_tokens_map.json", specials)
-    write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-        **specials})
+    facts = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    write_json(folder / "tokenizer_config.json", facts | specials)
     with written_whole(folder / "tokenizer.json") as file:          # last: the folder is complete
         file.write(tokenizer.to_str(pretty=True).encode())
 
@@ -518,9 +515,8 @@ class GPT2Attention(nn.Module):
 
     def __init__(self, config: ModelSettings):
         super().__init__()
-        self.heads, self.dropout = config.heads, config.dropout
-        self.c_attn = Conv1D(config.width, 3 * config.width)
-        self.c_proj = Conv1D(config.width, config.width)
+        C, self.heads, self.dropout = config.width, config.heads, config.dropout
+        self.c_attn, self.c_proj = Conv1D(C, 3 * C), Conv1D(C, C)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (split_heads(part, self.heads) for part in self.c_attn(x).chunk(3, dim=-1))
@@ -534,9 +530,8 @@ class GPT2MLP(nn.Module):
 
     def __init__(self, config: ModelSettings):
         super().__init__()
-        self.dropout = config.dropout
-        self.c_fc = Conv1D(config.width, config.inner)
-        self.c_proj = Conv1D(config.inner, config.width)
+        C, inner, self.dropout = config.width, config.inner, config.dropout
+        self.c_fc, self.c_proj = Conv1D(C, inner), Conv1D(inner, C)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
@@ -783,9 +778,8 @@ def lr_at(step: int, steps: int, settings: OptimizerSettings) -> float:
 
 def beta_at(epoch: int, epochs: int, settings: LossSettings) -> float:
     """The teacher's share of the mixed logits in an epoch counted from 0 (Eq. 3)."""
-    if not settings.progressive:
-        return settings.beta
-    return max(min(0.1, settings.beta), settings.beta * (1 - epoch / epochs))
+    lowered = max(min(0.1, settings.beta), settings.beta * (1 - epoch / epochs))
+    return lowered if settings.progressive else settings.beta
 
 
 def make_optimizer(model: Model, settings: OptimizerSettings) -> torch.optim.AdamW:

@@ -1235,6 +1235,8 @@ def test_nothing_is_used_before_it_is_defined():
 def test_the_files_bars():
     lines = SOURCE.splitlines()
     assert len(lines) < 1500 and max(map(len, lines)) <= 100
+    rulers = {line[2]: i for i, line in enumerate(lines) if re.match(r"# \d\. ", line)}
+    assert list(rulers) == list("123456789") and rulers["7"] - rulers["1"] < 650
     functions = [n for n in ast.walk(TREE) if isinstance(n, ast.FunctionDef)]
     assert max(n.end_lineno - n.lineno + 1 for n in functions) <= 50
     assert not re.search("TODO|FIXME|XXX", SOURCE)
