@@ -916,8 +916,9 @@ def load_model(folder: Path, device: str) -> tuple[Model, Vocabulary]:
     Shards that an index file names are read; so are older GPT-2 files, which hold causal masks and
     whose names lack "transformer.". Error: weights that are not those of config.json.
     """
-    need(folder.is_dir(), f"{folder} is not a folder: expected one with config.json, "
-         "tokenizer.json and model.safetensors.")
+    need(folder.is_dir(), f"{folder} is not a folder: expected one that holds a model.")
+    need((folder / "config.json").exists(), f"{folder} holds no finished model: expected "
+         "config.json, tokenizer.json and model.safetensors.")
     config, V = from_hf_config(folder / "config.json")
     vocabulary, index = load_vocabulary(folder), folder / "model.safetensors.index.json"
     need(vocabulary.size <= V, f"{folder}: tokenizer.json has {vocabulary.size:,} tokens, but "
@@ -1168,8 +1169,8 @@ def encode_sentences(vocabulary: Vocabulary, sentences: list[str],
     lines = vocabulary.tokenizer.encode_batch([" " + text for text in sentences],
                                               add_special_tokens=False)
     for line, text in zip(lines, sentences):
-        need(len(line.ids) <= positions, f"{text[:60]!r} has {len(line.ids)} tokens: expected no "
-             f"more than the model's {positions} positions.")
+        need(len(line.ids) <= positions, f"{text[:60]!r} of the pairs has {len(line.ids)} tokens: "
+             f"expected at most the model's {positions} positions (--positions, or other --pairs).")
     return [[vocabulary.prefix_id, *line.ids] for line in lines]
 
 
@@ -1284,7 +1285,8 @@ def check_keys(table: dict, allowed, source: str, folder: Path) -> dict:
             near, = difflib.get_close_matches(key, allowed, 1, 0.0)
             raise click.ClickException(f"{source}: unknown key {key!r}; did you mean {near!r}?")
         value = checked(KNOWN[key], value, f"{source}: {key}")
-        values[key] = str(folder / value) if KNOWN[key].metadata["path"] and value else value
+        is_path = KNOWN[key].metadata["path"] and value
+        values[key] = os.path.normpath(folder / value) if is_path else value
     return values
 
 
@@ -1388,7 +1390,7 @@ class Cli(click.Group):
             return super().invoke(ctx)
         except OSError as error:
             need(isinstance(error, BrokenPipeError), f"{error.filename or 'A file'}: "
-                 f"{error.strerror}. Is it there, may it be used, has the disk room?")
+                 f"{error.strerror}. Check the path, the permissions and the room on the disk.")
             raise
 
 
@@ -1407,8 +1409,8 @@ def cli() -> None:
 @click.option("--teacher", "folders", type=click.Path(path_type=Path), multiple=True,
               help="A trained teacher, any Hugging Face folder of a LLaMA or GPT-2, in place of "
                    "the config's; twice for two.")
-@click.option("--overwrite", is_flag=True, help="Start again in a folder that holds a run.")
-@click.option("--dry-run", is_flag=True, help="Only say what would be trained.")
+@click.option("--overwrite", is_flag=True, help="Replace a finished run; it is gone at once.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be trained; encodes the text.")
 @settings_flags
 def train_command(config: Path, out: Path | None, folders: tuple[Path, ...], overwrite: bool,
                   dry_run: bool, **flags) -> None:
@@ -1423,9 +1425,10 @@ def train_command(config: Path, out: Path | None, folders: tuple[Path, ...], ove
     device, pairs = choose_device(settings.device), Path(settings.pairs or default_pairs())
     name = f"{config.stem}-{settings.objective}-{settings.teachers}-seed{settings.seed}"
     out = out or Path("runs", name)
-    holds = "a run" if (out / "run.json").exists() else "files that are no run"
-    need(not out.exists() or not any(out.iterdir()) or overwrite and holds == "a run",
-         f"{out} already holds {holds}: choose another --out, or add --overwrite to repeat a run.")
+    need(not out.exists() or not any(out.iterdir()) or (out / "run.json").exists(),
+         f"{out} already holds files that are no run: choose another --out.")
+    need(overwrite or dry_run or not (out / "model.safetensors").exists(), f"{out} already holds a "
+         "run: choose another --out, or add --overwrite to replace it.")
     pairs = read_pairs(pairs, settings.sample)
     corpus = read_corpus(settings, out.parent)
     runs = [Run("", folder, None) for folder in folders]

@@ -955,6 +955,10 @@ def test_a_run_folder_is_never_overwritten_unasked(tmp_path):
     assert (out / "model.safetensors").read_bytes() == before
     invoke("train", "-c", config, "-o", out, "--seed", "1", "--overwrite")
     assert (out / "model.safetensors").read_bytes() != before
+    (out / "model.safetensors").unlink()  # as an interrupted run leaves it
+    assert "holds no finished model" in invoke("eval-blimp", "-m", tmp_path, code=1).stderr
+    invoke("train", "-c", config, "-o", out)
+    assert (out / "model.safetensors").read_bytes() == before
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years")
