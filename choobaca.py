@@ -109,6 +109,9 @@ def written_whole(path: Path):
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        error.filename = str(path)                  # a full disk does not say of which file
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -600,6 +601,16 @@ def test_the_prefix_token_is_what_the_folder_says(tmp_path, vocabulary):
     assert c.load_vocabulary(tmp_path).prefix_id == 2
     (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<pad>"}')
     assert c.load_vocabulary(tmp_path).prefix_id == 0
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    """A limit on the size of files stands for the disk: nothing half written is left."""
+    command = [sys.executable, HOME / "choobaca.py", "train", "-c", brief_config(tmp_path)]
+    limited = "ulimit -f 100; exec " + shlex.join(map(str, [*command, "-o", tmp_path / "full/run"]))
+    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.search(r"Error: \S+\.ids: File too large", done.stderr), done.stderr[-500:]
+    assert not list(tmp_path.rglob("*.ids*")) and not (tmp_path / "full/run").exists()
 
 
 def test_a_theta_said_twice_and_a_null(tmp_path, vocabulary):
