@@ -66,12 +66,10 @@ from tqdm import tqdm
 
 HOME = Path(__file__).resolve().parent
 
-
 def need(condition, message: str) -> None:
     """Stop with one sentence to the user unless the condition holds."""
     if not condition:
         raise click.ClickException(message)
-
 
 def setting(default, help: str, choices: tuple = (), low=0, high=2**31 - 1, path: bool = False):
     """A field of a settings class: its default, its help and the values it takes.
@@ -81,7 +79,6 @@ def setting(default, help: str, choices: tuple = (), low=0, high=2**31 - 1, path
     """
     return dataclasses.field(default=default, metadata={
         "help": help, "choices": choices, "low": low, "high": high, "path": path})
-
 
 def checked(field: dataclasses.Field, value, source: str):
     """The value, if it fits the setting. Error: another type, out of range, no such choice."""
@@ -96,7 +93,6 @@ def checked(field: dataclasses.Field, value, source: str):
         need(rules["low"] <= value <= rules["high"],
              f"{shown}: expected {rules['low']} to {rules['high']}.")
     return field.type(value)
-
 
 @contextlib.contextmanager
 def written_whole(path: Path):
@@ -115,11 +111,9 @@ def written_whole(path: Path):
     finally:
         partial.unlink(missing_ok=True)
 
-
 def write_json(path: Path, value) -> None:
     with written_whole(path) as file:
         file.write((json.dumps(value, indent=2) + "\n").encode())
-
 
 def read_json(path: Path) -> dict:
     """The JSON object in a file. Error: not JSON, not an object."""
@@ -130,7 +124,6 @@ def read_json(path: Path) -> dict:
     need(isinstance(value, dict), f"{path} holds a {type(value).__name__}: expected an object.")
     return value
 
-
 def digest(*contents: bytes) -> str:
     """The SHA-256 of byte strings and of their boundaries, in hexadecimal."""
     total = hashlib.sha256()
@@ -138,12 +131,10 @@ def digest(*contents: bytes) -> str:
         total.update(len(content).to_bytes(8, "little") + content)
     return total.hexdigest()
 
-
 def file_digest(path: Path) -> str:
     """The SHA-256 of a file, read piece by piece."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
 
 # -----------------------------------------------------------------------------
 # 1. Text to tokens
@@ -159,7 +150,6 @@ class TextSettings:
     vocab_size: int = setting(16_000, "V of the tokenizer, when one is trained.", low=259)
     prefix: str = setting("line", "Where the text gets the <s> that scoring begins with.",
                           choices=("line", "document", "none"))
-
 
 class Vocabulary(NamedTuple):
     """A tokenizer, and all that a model's folder says of it."""
@@ -177,14 +167,12 @@ class Vocabulary(NamedTuple):
         """Of all that decides which ids a text becomes."""
         return digest(self.files["tokenizer.json"], str(self.prefix_id).encode())
 
-
 class Corpus(NamedTuple):
     """All that is known of the text."""
     vocabulary: Vocabulary
     train: np.ndarray               # (tokens,)
     dev: np.ndarray                 # (tokens,), empty where no text is held out
     digests: dict[str, str]         # of the text and the tokenizer
-
 
 def read_lines(path: Path) -> list[str]:
     """A document: the lines of a UTF-8 file, stripped, without the empty ones.
@@ -200,12 +188,10 @@ def read_lines(path: Path) -> list[str]:
     need(lines, f"{path} is empty: expected text. Fill the file or remove it.")
     return lines
 
-
 def read_documents(folder: Path, names: str) -> list[list[str]]:
     """The documents of the files whose names match, in the order of their names."""
     need(folder.is_dir(), f"{folder} is not a folder: expected one that holds text files.")
     return [read_lines(path) for path in sorted(folder.iterdir()) if re.fullmatch(names, path.name)]
-
 
 def train_tokenizer(folder: Path, documents: list[list[str]], vocab_size: int) -> None:
     """Learn a byte-level BPE, as BabyLlama's, and write the files that AutoTokenizer loads."""
@@ -226,7 +212,6 @@ def train_tokenizer(folder: Path, documents: list[list[str]], vocab_size: int) -
     write_json(folder / "tokenizer_config.json", facts | specials)
     with written_whole(folder / "tokenizer.json") as file:          # last: the folder is complete
         file.write(tokenizer.to_str(pretty=True).encode())
-
 
 def load_vocabulary(path: Path) -> Vocabulary:
     """The vocabulary in a tokenizer.json, or in a folder that has one.
@@ -253,7 +238,6 @@ def load_vocabulary(path: Path) -> Vocabulary:
             return Vocabulary(tokenizer, tokenizer.token_to_id(token), files)
     raise click.ClickException(f"{path}: no token begins a text: expected a bos_token or eos_token "
                                "in the tokenizer_config.json beside it.")
-
 
 def encode(vocabulary: Vocabulary, documents: list[list[str]], prefix: str, dtype) -> np.ndarray:
     """The ids of all documents, end to end: (tokens,).
@@ -282,9 +266,7 @@ def encode(vocabulary: Vocabulary, documents: list[list[str]], prefix: str, dtyp
                 bar.update(len(some))
     return np.concatenate(pieces)
 
-
 HEADER = 512        # bytes before the ids: a line of JSON, filled up with spaces
-
 
 def encode_once(path: Path, vocabulary: Vocabulary, documents: list[list[str]], prefix: str,
                 digests: dict[str, str]) -> np.ndarray:
@@ -303,7 +285,6 @@ def encode_once(path: Path, vocabulary: Vocabulary, documents: list[list[str]], 
         with written_whole(path) as file:
             file.write(whole)
     return np.frombuffer(whole, dtype, offset=HEADER)
-
 
 def read_corpus(settings: TextSettings, cache: Path) -> Corpus:
     """The corpus that the settings name. What is made of it, a tokenizer and ids, is kept in a
@@ -326,7 +307,6 @@ def read_corpus(settings: TextSettings, cache: Path) -> Corpus:
            for part, documents, text in zip(("train", "dev"), (train, dev), texts)]
     return Corpus(vocabulary, *ids, {"text": texts[0], "tokenizer": vocabulary.digest})
 
-
 # -----------------------------------------------------------------------------
 # 2. Tokens to batches
 #
@@ -340,12 +320,10 @@ class BatchSettings:
     random_offset: bool = setting(True, "Shift each row by 0 to T - 1 tokens, anew each epoch.")
     seed: int = setting(0, "Seed of the weights, the order of the rows and dropout.")
 
-
 def count_rows(tokens: int, settings: BatchSettings) -> int:
     """The rows of an epoch. A row needs T + 1 ids, and T - 1 more where it may be shifted."""
     spare = settings.context - 1 if settings.random_offset else 0
     return max(0, tokens - 1 - spare) // settings.context
-
 
 @functools.lru_cache(maxsize=2)
 def row_starts(rows: int, settings: BatchSettings, epoch: int) -> np.ndarray:
@@ -353,7 +331,6 @@ def row_starts(rows: int, settings: BatchSettings, epoch: int) -> np.ndarray:
     draw = np.random.default_rng([settings.seed, epoch])
     starts = draw.permutation(rows) * settings.context
     return starts + draw.integers(0, settings.context, rows) * settings.random_offset
-
 
 def batch_at(step: int, ids: np.ndarray, settings: BatchSettings) -> tuple[Tensor, Tensor]:
     """Inputs and targets of a step, (B, T) int64 each: a pure function of seed and step.
@@ -367,7 +344,6 @@ def batch_at(step: int, ids: np.ndarray, settings: BatchSettings) -> tuple[Tenso
     starts = row_starts(rows, settings, epoch)[i * B:(i + 1) * B]
     window = torch.from_numpy(ids[starts[:, None] + np.arange(T + 1)].astype(np.int64))
     return window[:, :-1], window[:, 1:]
-
 
 # -----------------------------------------------------------------------------
 # 3. Models
@@ -398,13 +374,11 @@ class ModelSettings:
         need(self.model_type != "llama" or C // H % 2 == 0, f"{H} heads in a width of {C} are "
              f"{C // H} wide each: rotary positions need an even number.")
 
-
 def rotary_angles(T: int, D: int, theta: float, device) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the angle of position t in plane d: two (T, D/2) tables."""
     speed = theta ** -(torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)    # (D/2,)
     angle = torch.outer(torch.arange(T, device=device, dtype=torch.float32), speed)      # (T, D/2)
     return angle.cos(), angle.sin()
-
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each vector by the angles of its position: (B, H, T, D) -> (B, H, T, D).
@@ -415,11 +389,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     a, b = x.chunk(2, dim=-1)                                           # (B, H, T, D/2) each
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
-
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, T, H * D) -> (B, H, T, D)"""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
 
 class LlamaAttention(nn.Module):
     """Each position looks back at itself and at those before it: (B, T, C) -> (B, T, C).
@@ -444,7 +416,6 @@ class LlamaAttention(nn.Module):
                                            enable_gqa=self.kv_heads != self.heads)
         return self.o_proj(y.transpose(1, 2).flatten(2))                            # (B, T, C)
 
-
 class LlamaMLP(nn.Module):
     """SwiGLU: one half of the inner values opens or shuts the other. (B, T, C) -> (B, T, C)"""
 
@@ -456,7 +427,6 @@ class LlamaMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
 
 class LlamaBlock(nn.Module):
     """Attention, then the feed-forward network, each added to its input: (B, T, C) -> (B, T, C)."""
@@ -471,7 +441,6 @@ class LlamaBlock(nn.Module):
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x), cos, sin)
         return x + self.mlp(self.post_attention_layernorm(x))
-
 
 class Llama(nn.Module):
     """LLaMA (Touvron et al. 2023): RMSNorm, rotary positions, SwiGLU, no biases."""
@@ -500,7 +469,6 @@ class Llama(nn.Module):
             x = layer(x, cos.to(x.dtype), sin.to(x.dtype))
         return self.norm(x)
 
-
 class Conv1D(nn.Module):
     """A linear layer whose weight is stored (in, out), as GPT-2's files have it."""
 
@@ -511,7 +479,6 @@ class Conv1D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight + self.bias
-
 
 class GPT2Attention(nn.Module):
     """As LlamaAttention, with biases, dropout and no rotation: (B, T, C) -> (B, T, C)."""
@@ -527,7 +494,6 @@ class GPT2Attention(nn.Module):
                                            dropout_p=self.dropout if self.training else 0.0)
         return F.dropout(self.c_proj(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
-
 class GPT2MLP(nn.Module):
     """Widen, bend, narrow: (B, T, C) -> (B, T, C)."""
 
@@ -540,7 +506,6 @@ class GPT2MLP(nn.Module):
         x = self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
         return F.dropout(x, self.dropout, self.training)
 
-
 class GPT2Block(nn.Module):
     """Attention, then the feed-forward network, each added to its input: (B, T, C) -> (B, T, C)."""
 
@@ -552,7 +517,6 @@ class GPT2Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
-
 
 class GPT2(nn.Module):
     """GPT-2 (Radford et al. 2019): LayerNorm, learned positions, GELU, biases everywhere."""
@@ -581,20 +545,16 @@ class GPT2(nn.Module):
             x = block(x)
         return self.ln_f(x)
 
-
 Model = Llama | GPT2
 ARCHITECTURES = {"llama": Llama, "gpt2": GPT2}
-
 
 def empty_model(config: ModelSettings, vocab_size: int) -> Model:
     """A model of shapes without values, which costs nothing: to be counted or filled."""
     with torch.device("meta"):
         return ARCHITECTURES[config.model_type](config, vocab_size)
 
-
 def count_parameters(model: Model) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
 
 def new_model(config: ModelSettings, vocab_size: int, seed: int) -> Model:
     """A model with Hugging Face's initial weights: N(0, 0.02) in matrices, 0 in biases, 1 in norms.
@@ -614,7 +574,6 @@ def new_model(config: ModelSettings, vocab_size: int, seed: int) -> Model:
                 parameter.normal_(0.0, 0.02 / scale, generator=generator)
     return model
 
-
 # -----------------------------------------------------------------------------
 # 4. Divergences
 #
@@ -632,7 +591,6 @@ def forward_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
     p = log_p.exp()
     return (p * (log_p - log_q)).sum(-1), log_q.exp() - p
 
-
 def reverse_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q || p) = sum q r with r = log q - log p, with gradient q (r - KL) (the paper's Eq. 5).
 
@@ -643,9 +601,7 @@ def reverse_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
     value = (q * r).sum(-1)
     return value, q * (r - value[:, None])
 
-
 DIVERGENCES = {"fkl": forward_kl, "rkl": reverse_kl}
-
 
 # -----------------------------------------------------------------------------
 # 5. The fused loss
@@ -662,7 +618,6 @@ class LossSettings:
     alpha: float = setting(0.5, "Weight of cross-entropy; the rest is divergence (Eq. 9).", high=1)
     beta: float = setting(1.0, "Teacher's share of the mixed logits (Eq. 2); 1: no mixing.", high=1)
     progressive: bool = setting(False, "Lower beta from epoch to epoch (Eq. 3).")
-
 
 class FusedLoss(torch.autograd.Function):
     """Cross-entropy and divergence of N tokens, with their gradients, a chunk of rows at a time.
@@ -721,7 +676,6 @@ class FusedLoss(torch.autograd.Function):
         d_hidden, d_head = ctx.saved_tensors
         return d_hidden * d_loss, d_head * d_loss, None, None, None, None, None, None
 
-
 def token_log_probabilities(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int) -> Tensor:
     """log softmax(hidden head^T)[target] for each row: (N, C), (V, C), (N,) -> (N,)."""
     scores = torch.empty_like(targets, dtype=hidden.dtype)
@@ -730,7 +684,6 @@ def token_log_probabilities(hidden: Tensor, head: Tensor, targets: Tensor, chunk
         chosen = logits.gather(1, targets[i:i + chunk, None])[:, 0]
         scores[i:i + chunk] = chosen - logits.logsumexp(-1)
     return scores
-
 
 class Coach:
     """One or more teachers as one.
@@ -749,7 +702,6 @@ class Coach:
         """(B, T) -> (B, T, C'), C' the sum of the teachers' widths"""
         return torch.cat([teacher.hidden(ids) for teacher in self.teachers], dim=-1)
 
-
 # -----------------------------------------------------------------------------
 # 6. Schedules and the optimizer
 #
@@ -766,7 +718,6 @@ class OptimizerSettings:
     beta2: float = setting(0.999, "AdamW's memory of the squared gradient.", high=0.99999)
     clip: float = setting(1.0, "Longest gradient, as a norm over all weights; 0: any length.")
 
-
 def lr_at(step: int, steps: int, settings: OptimizerSettings) -> float:
     """The learning rate of a step <- differs (5): the paper's cosine has T_max = 500.
 
@@ -778,12 +729,10 @@ def lr_at(step: int, steps: int, settings: OptimizerSettings) -> float:
     done = (step - settings.warmup) / max(1, steps - settings.warmup)
     return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
 
-
 def beta_at(epoch: int, epochs: int, settings: LossSettings) -> float:
     """The teacher's share of the mixed logits in an epoch counted from 0 (Eq. 3)."""
     lowered = max(min(0.1, settings.beta), settings.beta * (1 - epoch / epochs))
     return lowered if settings.progressive else settings.beta
-
 
 def make_optimizer(model: Model, settings: OptimizerSettings) -> torch.optim.AdamW:
     """AdamW over all parameters, with weight decay for the matrices alone."""
@@ -792,7 +741,6 @@ def make_optimizer(model: Model, settings: OptimizerSettings) -> torch.optim.Ada
     groups = [{"params": matrices, "weight_decay": settings.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=True)
-
 
 # -----------------------------------------------------------------------------
 # 7. Run folders
@@ -815,7 +763,6 @@ HF_FIXED = {        # what our models always do: written on saving, demanded on 
              "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False}}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-
 def to_hf_config(config: ModelSettings, vocabulary: Vocabulary) -> dict:
     """What config.json says of a model."""
     kind, end = config.model_type, vocabulary.tokenizer.token_to_id("</s>")
@@ -828,7 +775,6 @@ def to_hf_config(config: ModelSettings, vocabulary: Vocabulary) -> dict:
             "bos_token_id": vocabulary.prefix_id,
             "eos_token_id": vocabulary.prefix_id if end is None else end,
             "initializer_range": 0.02, "dtype": "float32"}
-
 
 def from_hf_config(path: Path) -> tuple[ModelSettings, int]:
     """Shape and V of the model that a config.json describes. Error: one that is not built here."""
@@ -854,7 +800,6 @@ def from_hf_config(path: Path) -> tuple[ModelSettings, int]:
          f"width / heads = {D}.")
     return config, V
 
-
 def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """A safetensors file: its header's length in 8 bytes, the header in JSON, the raw values."""
     header, end, codes = {"__metadata__": {"format": "pt"}}, 0, {v: k for k, v in DTYPES.items()}
@@ -868,7 +813,6 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, mapped rather than read. Error: what does not add up."""
@@ -901,7 +845,6 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         tensors[name] = (raw.view(dtype) if len(raw) else torch.empty(0)).view(shape)
     return tensors
 
-
 def save_model(folder: Path, model: Model, vocabulary: Vocabulary) -> None:
     """Write the model's folder, the weights last: a folder that has them is finished."""
     write_json(folder / "config.json", to_hf_config(model.config, vocabulary))
@@ -911,7 +854,6 @@ def save_model(folder: Path, model: Model, vocabulary: Vocabulary) -> None:
     write_safetensors(folder / "model.safetensors", {
         (name if name.startswith("lm_head") else model.prefix + name): parameter
         for name, parameter in model.named_parameters()})
-
 
 def load_model(folder: Path, device: str) -> tuple[Model, Vocabulary]:
     """The model, in fp32, and the vocabulary of a run or any Hugging Face LLaMA or GPT-2 folder.
@@ -949,7 +891,6 @@ def load_model(folder: Path, device: str) -> tuple[Model, Vocabulary]:
             parameter.copy_(found[name])
     return model.eval(), vocabulary
 
-
 # -----------------------------------------------------------------------------
 # 8. Training
 #
@@ -986,7 +927,6 @@ class Settings(OptimizerSettings, LossSettings, ModelSettings, BatchSettings, Te
                  if not field.metadata["path"]}
         return {name: value for name, value in asdict(self).items() if name in names}
 
-
 def count_steps(tokens: int, settings: Settings) -> tuple[int, int]:
     """Steps of the run, steps of an epoch. Error: less text than one batch."""
     per_epoch = count_rows(tokens, settings) // settings.batch_size
@@ -994,7 +934,6 @@ def count_steps(tokens: int, settings: Settings) -> tuple[int, int]:
          f"{settings.batch_size} rows of {settings.context}: add text, or lower --batch-size or "
          "--context.")
     return settings.steps or per_epoch * settings.epochs, per_epoch
-
 
 def train_step(model: Model, optimizer: torch.optim.Optimizer, coach: Coach | None, inputs: Tensor,
                targets: Tensor, settings: Settings, beta: float) -> dict[str, float]:
@@ -1018,7 +957,6 @@ def train_step(model: Model, optimizer: torch.optim.Optimizer, coach: Coach | No
     loss, ce, kl = losses.tolist()
     return {"loss": loss, "ce": ce, **({"kl": kl} if coach else {}), "norm": norm.item()}
 
-
 @torch.no_grad()
 def held_out_loss(model: Model, ids: np.ndarray, settings: Settings) -> float | None:
     """Cross-entropy of the held-out text in nats per token; None if there is less than a row.
@@ -1038,7 +976,6 @@ def held_out_loss(model: Model, ids: np.ndarray, settings: Settings) -> float | 
     model.train(was_training)
     return total / (len(starts) * T) if len(starts) else None
 
-
 @dataclass
 class Run:
     """A model of this session: to be trained, or, where it has no settings, there already."""
@@ -1046,7 +983,6 @@ class Run:
     out: Path
     settings: Settings | None
     model: Model | None = None
-
 
 def describe_run(run: Run, corpus: Corpus, teachers: list[Run], device: str) -> dict:
     """What run.json says: all that it takes to know, and to repeat, what was done."""
@@ -1062,7 +998,6 @@ def describe_run(run: Run, corpus: Corpus, teachers: list[Run], device: str) -> 
                          "numpy": np.__version__}, "machine": platform.platform(),
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
             "threads": torch.get_num_threads()}
-
 
 def fit(run: Run, corpus: Corpus, teachers: list[Run], device: str) -> Model:
     """The trained model; its folder has the log from the first step, and the weights at the end.
@@ -1106,7 +1041,6 @@ def fit(run: Run, corpus: Corpus, teachers: list[Run], device: str) -> Model:
                 log.write(json.dumps({"step": step + 1, "dev_loss": loss}) + "\n")
     return model.eval()
 
-
 # -----------------------------------------------------------------------------
 # 9. Minimal pairs
 #
@@ -1122,12 +1056,10 @@ class Pair(NamedTuple):
     paradigm: str
     phenomenon: str
 
-
 def default_pairs() -> Path:
     """BLiMP if it has been put into data/blimp, else the small set that comes with this file."""
     blimp = HOME / "data/blimp"
     return blimp if any(blimp.glob("*.jsonl")) else HOME / "data/tiny/blimp"
-
 
 def group_by(items, key) -> dict[str, list]:
     """Items by key, in the order of first appearance."""
@@ -1135,7 +1067,6 @@ def group_by(items, key) -> dict[str, list]:
     for item in items:
         groups.setdefault(key(item), []).append(item)
     return groups
-
 
 def read_pairs(folder: Path, sample: int = 0) -> list[Pair]:
     """The pairs in a folder's *.jsonl, or about `sample` of them, the same share of each paradigm.
@@ -1165,7 +1096,6 @@ def read_pairs(folder: Path, sample: int = 0) -> list[Pair]:
     return [group[i] for group in groups.values()
             for i in sorted(draw.permutation(len(group))[:max(1, round(share * len(group)))])]
 
-
 def encode_sentences(vocabulary: Vocabulary, sentences: list[str],
                      positions: int) -> list[list[int]]:
     """The ids of each sentence after the prefix token. Error: one is too long for the model."""
@@ -1176,9 +1106,7 @@ def encode_sentences(vocabulary: Vocabulary, sentences: list[str],
              f"expected at most the model's {positions} positions (--positions, or other --pairs).")
     return [[vocabulary.prefix_id, *line.ids] for line in lines]
 
-
 TOKENS_AT_ONCE = 2048       # in a batch of sentences: larger ones fall out of a processor's cache
-
 
 @torch.no_grad()
 def score_sentences(model: Model, vocabulary: Vocabulary, sentences: list[str],
@@ -1207,14 +1135,12 @@ def score_sentences(model: Model, vocabulary: Vocabulary, sentences: list[str],
          "weights are ruined, perhaps by too high a learning rate.")
     return np.array([totals[text] for text in sentences])
 
-
 def mean_row(rows: list[dict]) -> dict:
     """The unweighted mean of accuracies, with its standard error: the errors' root sum of squares
     over their number."""
     return {"accuracy": float(np.mean([row["accuracy"] for row in rows])),
             "stderr": math.hypot(*(row["stderr"] for row in rows)) / len(rows),
             "n": sum(row["n"] for row in rows), "ties": sum(row["ties"] for row in rows)}
-
 
 def score_pairs(model: Model, vocabulary: Vocabulary, pairs: list[Pair], name: str) -> dict:
     """Accuracy overall, by phenomenon and by paradigm, with standard error, n and ties.
@@ -1233,7 +1159,6 @@ def score_pairs(model: Model, vocabulary: Vocabulary, pairs: list[Pair], name: s
     return {**mean_row(list(paradigms.values())), "paradigms": paradigms,
             "phenomena": {term: mean_row(rows) for term, rows in sorted(phenomena.items())},
             "prefix_token": vocabulary.tokenizer.id_to_token(vocabulary.prefix_id)}
-
 
 def pairs_table(results: dict[str, dict], paradigms: bool) -> str:
     """The scores of models on the same pairs, side by side, in percent."""
@@ -1255,14 +1180,12 @@ def pairs_table(results: dict[str, dict], paradigms: bool) -> str:
     width = max(len(label) for label, _, _ in lines)
     return "\n".join(f"{label:<{width}} {n:>7}  {'  '.join(cells)}" for label, n, cells in lines)
 
-
 # -----------------------------------------------------------------------------
 # 10. The command line
 #
 # defaults < the config's TOML < flags  ->  settings  ->  train, eval-blimp
 
 KNOWN = {field.name: field for field in fields(Settings)}
-
 
 def settings_flags(command):
     """The command with a flag for every setting, None where it is not given."""
@@ -1275,10 +1198,8 @@ def settings_flags(command):
             help=f"{field.metadata['help']}  [default: {default}]")(command)
     return command
 
-
 TEACHERS_OWN = [field.name for group in (ModelSettings, BatchSettings, OptimizerSettings)
                 for field in fields(group)] + ["micro_batch"]
-
 
 def check_keys(table: dict, allowed, source: str, folder: Path) -> dict:
     """The settings in a table of a TOML file, checked; paths are taken from the file's folder."""
@@ -1292,7 +1213,6 @@ def check_keys(table: dict, allowed, source: str, folder: Path) -> dict:
         values[key] = os.path.normpath(folder / value) if is_path else value
     return values
 
-
 def read_config(path: Path) -> tuple[dict, list[dict]]:
     """The student's settings and each teacher's, from a TOML file."""
     try:
@@ -1305,7 +1225,6 @@ def read_config(path: Path) -> tuple[dict, list[dict]]:
     return check_keys(raw, KNOWN, str(path), path.parent), [
         check_keys(table, TEACHERS_OWN, f"{path}, teacher {i}", path.parent)
         for i, table in enumerate(tables, 1)]
-
 
 def read_settings(config: Path, flags: dict,
                   teachers: list[Path]) -> tuple[Settings, list[Settings]]:
@@ -1336,13 +1255,11 @@ def read_settings(config: Path, flags: dict,
     tables = tables[:settings.teachers]
     return settings, [replace(settings, **{**plain, **table}) for table in tables]
 
-
 def teacher_folder(settings: Settings, corpus: Corpus, runs: Path) -> Path:
     """Where a teacher of these settings and this text lies: the name has their digest, so what is
     found there was trained for just that (by which version of this file, its run.json says)."""
     facts = json.dumps([settings.learnt(), corpus.digests]).encode()
     return runs / f"teacher-{settings.model_type}-{digest(facts)[:8]}"
-
 
 def load_teacher(run: Run, corpus: Corpus, device: str) -> Model:
     """A trained teacher. Error: its vocabulary is not the student's."""
@@ -1354,7 +1271,6 @@ def load_teacher(run: Run, corpus: Corpus, device: str) -> Model:
          f"the student ({corpus.vocabulary.size:,} tokens): expected the very same one.")
     return teacher
 
-
 def describe_plan(run: Run, corpus: Corpus) -> str:
     """One line on what will be trained: size, objective, steps, tokens."""
     if run.model:
@@ -1364,7 +1280,6 @@ def describe_plan(run: Run, corpus: Corpus) -> str:
     return (f"{run.name:<9} {run.out}: {settings.model_type}, {size:,} parameters, "
             f"{settings.objective}, {steps:,} steps of {settings.batch_size * settings.context:,} "
             f"tokens, {steps / per_epoch:.1f} epochs")
-
 
 def report(runs: list[Run], corpus: Corpus, pairs: list[Pair]) -> None:
     """Print what the models have learnt, side by side, and where they lie."""
@@ -1376,14 +1291,12 @@ def report(runs: list[Run], corpus: Corpus, pairs: list[Pair]) -> None:
         shown = "" if loss is None else f", held-out loss {loss:.4f} nats a token"
         click.echo(f"{run.name:<9} {run.out}{shown}")
 
-
 def choose_device(name: str) -> str:
     """cpu or cuda. Error: cuda where there is none."""
     there = torch.cuda.is_available()
     need(name != "cuda" or there, "--device cuda: this machine, or this build of torch, has none: "
          "use --device cpu.")
     return name if name != "auto" else "cuda" if there else "cpu"
-
 
 class Cli(click.Group):
     """The commands. A file that cannot be read or written is one sentence, whoever met it."""
@@ -1396,12 +1309,10 @@ class Cli(click.Group):
                  f"{error.strerror}. Check the path, the permissions and the room on the disk.")
             raise
 
-
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"],
                                         "max_content_width": 100})
 def cli() -> None:
     """Train a small language model, distil it from teachers, and score its grammar."""
-
 
 @cli.command("train")
 @click.option("-c", "--config", type=click.Path(path_type=Path), default=HOME / "configs/tiny.toml",
@@ -1459,7 +1370,6 @@ def train_command(config: Path, out: Path | None, folders: tuple[Path, ...], ove
     if not dry_run:
         report(runs, corpus, pairs)
 
-
 @cli.command("eval-blimp")
 @click.option("-m", "--model", "folder", type=click.Path(path_type=Path),
               help="A run, or any Hugging Face folder of a LLaMA or GPT-2.  [default: the newest "
@@ -1491,7 +1401,6 @@ def eval_blimp_command(folder: Path | None, data: Path | None, sample: int, devi
     table = pairs_table({"accuracy": result}, paradigms=True)
     click.echo(json.dumps(result, indent=2) if as_json else
                f"{folder} on {result['data']}\n\n{table}")
-
 
 if __name__ == "__main__":
     cli()
