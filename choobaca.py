@@ -44,6 +44,7 @@ import math
 import os
 import platform
 import re
+import subprocess
 import sys
 import time
 import tomllib
@@ -393,6 +394,17 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
     """(B, T, H * D) -> (B, H, T, D)"""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
+def remember(past: list | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of the new positions (B, H, T, D) behind those in `past`, which keeps all."""
+    if past is None:
+        return k, v
+    past[:] = (torch.cat(pair, 2) for pair in zip(past, (k, v))) if past else (k, v)
+    return tuple(past)
+
+def count_past(cache: list | None) -> int:
+    """The positions that are in a cache."""
+    return cache[0][0].shape[2] if cache and cache[0] else 0
+
 class LlamaAttention(nn.Module):
     """Each position looks back at itself and at those before it: (B, T, C) -> (B, T, C).
 
@@ -408,11 +420,12 @@ class LlamaAttention(nn.Module):
         self.v_proj = nn.Linear(C, C // self.heads * self.kv_heads, bias=False)
         self.o_proj = nn.Linear(C, C, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: list | None) -> Tensor:
+        first = not past                                # a later, single position may see them all
         q = rotate(split_heads(self.q_proj(x), self.heads), cos, sin)               # (B, H, T, D)
         k = rotate(split_heads(self.k_proj(x), self.kv_heads), cos, sin)
-        v = split_heads(self.v_proj(x), self.kv_heads)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
+        k, v = remember(past, k, split_heads(self.v_proj(x), self.kv_heads))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=first,
                                            enable_gqa=self.kv_heads != self.heads)
         return self.o_proj(y.transpose(1, 2).flatten(2))                            # (B, T, C)
 
@@ -438,8 +451,8 @@ class LlamaBlock(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.width, config.norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: list | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, past)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 class Llama(nn.Module):
@@ -460,13 +473,13 @@ class Llama(nn.Module):
         """(V, C): the logits are hidden states times its transpose."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        """(B, T) -> (B, T, C)"""
-        D = self.config.width // self.config.heads
-        cos, sin = rotary_angles(ids.shape[1], D, self.config.rope_theta, ids.device)
+    def hidden(self, ids: Tensor, cache: list | None = None) -> Tensor:
+        """(B, T) -> (B, T, C). With a cache, a list for each layer, ids go on from earlier calls."""
+        start, D = count_past(cache), self.config.width // self.config.heads
+        cos, sin = rotary_angles(start + ids.shape[1], D, self.config.rope_theta, ids.device)
         x = self.embed_tokens(ids)
-        for layer in self.layers:
-            x = layer(x, cos.to(x.dtype), sin.to(x.dtype))
+        for layer, past in zip(self.layers, cache or [None] * self.config.layers):
+            x = layer(x, cos[start:].to(x.dtype), sin[start:].to(x.dtype), past)
         return self.norm(x)
 
 class Conv1D(nn.Module):
@@ -488,9 +501,10 @@ class GPT2Attention(nn.Module):
         C, self.heads, self.dropout = config.width, config.heads, config.dropout
         self.c_attn, self.c_proj = Conv1D(C, 3 * C), Conv1D(C, C)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: list | None) -> Tensor:
+        first = not past
         q, k, v = (split_heads(part, self.heads) for part in self.c_attn(x).chunk(3, dim=-1))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True,
+        y = F.scaled_dot_product_attention(q, *remember(past, k, v), is_causal=first,
                                            dropout_p=self.dropout if self.training else 0.0)
         return F.dropout(self.c_proj(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
@@ -514,8 +528,8 @@ class GPT2Block(nn.Module):
         self.ln_1, self.ln_2 = (nn.LayerNorm(config.width, config.norm_eps) for _ in range(2))
         self.attn, self.mlp = GPT2Attention(config), GPT2MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, past: list | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), past)
         return x + self.mlp(self.ln_2(x))
 
 class GPT2(nn.Module):
@@ -537,12 +551,13 @@ class GPT2(nn.Module):
         """(V, C): the logits are hidden states times its transpose."""
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        """(B, T) -> (B, T, C)"""
-        x = self.wte(ids) + self.wpe(torch.arange(ids.shape[1], device=ids.device))
+    def hidden(self, ids: Tensor, cache: list | None = None) -> Tensor:
+        """(B, T) -> (B, T, C). With a cache, a list for each block, ids go on from earlier calls."""
+        start = count_past(cache)
+        x = self.wte(ids) + self.wpe(torch.arange(start, start + ids.shape[1], device=ids.device))
         x = F.dropout(x, self.config.dropout, self.training)
-        for block in self.h:
-            x = block(x)
+        for block, past in zip(self.h, cache or [None] * self.config.layers):
+            x = block(x, past)
         return self.ln_f(x)
 
 Model = Llama | GPT2
@@ -577,31 +592,142 @@ def new_model(config: ModelSettings, vocab_size: int, seed: int) -> Model:
 # -----------------------------------------------------------------------------
 # 4. Divergences
 #
-# log q, log p (n, V): the student's and the teacher's log-probabilities
-#   ->  the divergence of each row (n,) and its gradient with respect to the student's logits (n, V)
+# q, p (n, V): softmax(z / tau) of the student's logits z and of the teacher's; r = log q - log p;
+# targets (n, 1): the observed tokens; a constant, where one is named in DIVERGENCES
+#   ->  the divergence of each row (n, 1), and its gradient with respect to z / tau (n, V)
 #
-# To add one: write such a function and name it in DIVERGENCES.
+# To add one: write such a function and name it in DIVERGENCES. What it is given it may overwrite.
+# A sum of q - p is 0 but for rounding, which a sum of p r or q r shares: added, it cancels that.
 
-def forward_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
+def dot(x: Tensor, y: Tensor) -> Tensor:
+    """sum x y of each row: (n, V), (n, V) -> (n, 1)"""
+    return (x * y).sum(-1, True)
+
+def slope(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """sum q k and q (k - sum q k): what a derivative k with respect to q is in terms of logits.
+
+    All sum up to 0, but for the mean's rounding: of a sure student's gradient that is most, so the
+    sum is taken off.
+    """
+    mean = dot(q, k)
+    gradient = k.sub_(mean).mul_(q)
+    return mean, gradient.addcmul_(q, gradient.sum(-1, True), value=-1)
+
+def forward_kl(q, p, r, targets, _):
     """KL(p || q) = sum p (log p - log q), with gradient q - p (AKL paper, Eq. 5).
 
     Mode-covering: the teacher's probabilities weigh the error, so the student must find likely
     all that the teacher finds likely.
     """
-    p = log_p.exp()
-    return (p * (log_p - log_q)).sum(-1), log_q.exp() - p
+    error = q.sub_(p)
+    return error.sum(-1, True) - dot(p, r), error
 
-def reverse_kl(log_q: Tensor, log_p: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(q || p) = sum q r with r = log q - log p, with gradient q (r - KL) (the paper's Eq. 5).
+def reverse_kl(q, p, r, targets, _):
+    """KL(q || p) = sum q r, with gradient q (r - KL) (AKL paper, Eq. 6).
 
     Mode-seeking: the student's own probabilities weigh the error, so what it finds likely must be
-    likely to the teacher, but it may leave out some of what the teacher says.
+    likely to the teacher, but it may leave out some of what the teacher says. The "single-step
+    decomposition" of MiniLLM, E_q[grad log q (log q - log p)], is this gradient in expectation.
     """
-    q, r = log_q.exp(), log_q - log_p
-    value = (q * r).sum(-1)
-    return value, q * (r - value[:, None])
+    value, gradient = slope(q, r)
+    return value + p.sub_(q).sum(-1, True), gradient
 
-DIVERGENCES = {"fkl": forward_kl, "rkl": reverse_kl}
+def forward_and_reverse_kl(q, p, r, targets, weight):
+    """weight FKL + (1 - weight) RKL (AKL paper, section 4); weight is a number or (n, 1)."""
+    forward = -dot(p, r)
+    reverse, gradient = slope(q, r)
+    error = q.sub_(p)
+    slack = error.sum(-1, True)
+    value = weight * (forward + slack) + (1 - weight) * (reverse - slack)
+    return value, gradient.mul_(1 - weight).add_(error.mul_(weight))
+
+def head_share(q: Tensor, p: Tensor, mu: float) -> Tensor:
+    """The share of sum |p - q| that lies in the head, the fewest tokens with teacher mass mu.
+
+    (AKL paper, Eqs. 12 to 14.) Tokens that tie with the head's last are in it, too. (n, 1), half
+    where the models agree. NumPy's sort takes a tenth of the time of torch's on a CPU.
+    """
+    rising = p.sort(-1)[0] if p.is_cuda else torch.from_numpy(np.sort(p.numpy()))
+    mass = rising.cumsum(-1)
+    tail = torch.searchsorted(mass, mass[:, -1:] - mu, right=True)      # tokens outside the head
+    edge, gap = rising.gather(1, tail.clamp_(max=p.shape[1] - 1)), (p - q).abs_()
+    head, both = dot(gap, torch.ge(p, edge, out=rising)), gap.sum(-1, True)
+    return torch.where(both > 0, head / both, 0.5)
+
+def adaptive_kl(q, p, r, targets, mu):
+    """FKL and RKL weighed by where the models differ, head or tail, held constant (Eq. 15)."""
+    return forward_and_reverse_kl(q, p, r, targets, head_share(q, p, mu))
+
+def adaptive_kl_reversed(q, p, r, targets, mu):
+    """AKL with its weights swapped, an ablation (Eq. 16)."""
+    return forward_and_reverse_kl(q, p, r, targets, 1 - head_share(q, p, mu))
+
+def skewed_kl(q, p, r, targets, skew):
+    """KL(p || m), m = skew p + (1 - skew) q, with gradient q (k - sum q k), k = (skew - 1) p / m
+    (DistiLLM, Ko et al. 2024). By m / p - 1 = (1 - skew) (e^r - 1) no digit is lost near p = q."""
+    excess = r.clamp_(-80, 80).expm1_().mul_(1 - skew)                          # m / p - 1
+    forward = -dot(p, excess.log1p())
+    _, gradient = slope(q, excess.add_(1).reciprocal_().mul_(skew - 1))
+    return forward + (1 - skew) * q.sub_(p).sum(-1, True), gradient
+
+def mixture(q: Tensor, r: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
+    """m / q = (1 + common) (1 + rest) of m = share p + (1 - share) q: (n, 1) and (n, V); mean r.
+
+    1 + common is m / q at the row's mean r (at most 40): what all tokens share then takes no digits
+    from rest. Leaves mean - r in the place of r.
+    """
+    mean = dot(q, r).clamp_(max=40)
+    common = share * torch.expm1(-mean)
+    rest = torch.expm1(torch.sub(mean, r, out=r).clamp_(max=80))
+    return common, rest.mul_(share * torch.exp(-mean) / (1 + common)), mean
+
+def skewed_reverse_kl(q, p, r, targets, skew):
+    """KL(q || m), m = (1 - skew) p + skew q, with gradient q (k - sum q k) and
+    k = log(q / m) - skew q / m (DistiLLM)."""
+    common, rest, _ = mixture(q, r, 1 - skew)
+    log_rest = torch.log1p(rest, out=r)
+    value = -dot(q, log_rest) - common.log1p() + (1 - skew) * p.sub_(q).sum(-1, True)
+    k = rest.div_(torch.add(rest, 1, out=p)).mul_(skew / (1 + common)).sub_(log_rest)
+    return value, slope(q, k)[1]
+
+def jensen_shannon(q, p, r, targets, share):
+    """share KL(p || m) + (1 - share) KL(q || m), m = share p + (1 - share) q (GKD, Agarwal et al.
+    2024), with gradient (1 - share) q (log(q / m) - KL(q || m))."""
+    common, rest, mean = mixture(q, r, share)
+    k, common = rest.log1p_().neg_(), common.log1p()                # k = log(q / m) + common
+    log_p_m = r.add_(k).sub_(mean + common)
+    both = p.mul_(log_p_m).mul_(share).addcmul_(q, k, value=1 - share)
+    return both.sum(-1, True) - (1 - share) * common, slope(q, k)[1].mul_(1 - share)
+
+def diversity_aware_kl(q, p, r, targets, gamma):
+    """B + gamma N: B of the target against the rest, N within the rest (arXiv 2604.00223, Eq. 9).
+
+    With pi = q_t, rho = p_t and, without t, q' = q / (1 - pi), p' = p / (1 - rho):
+    B = KL((pi, 1 - pi) || (rho, 1 - rho)), N = KL(q' || p'). Reverse KL is B + (1 - pi) N: a sure
+    student no longer hears of the rest, and N alone raises pi. With d = logit pi - logit rho and
+    k = log(q' / p') the gradient is pi (1 - pi) d at t, q' (gamma (k - N) - pi (1 - pi) d) off it.
+    Read off an independent implementation: the paper's own text was not to be had.
+    """
+    pi, ratio = q.gather(1, targets).double(), r.gather(1, targets).double()
+    tiny = torch.finfo(q.dtype).tiny
+    rest_q, rest_p = (x.scatter_(1, targets, 0).sum(-1, True).clamp_(min=tiny) for x in (q, p))
+    u = pi.clamp(min=tiny).log() - rest_q.double().log()                        # logit pi
+    rest_ratio = (rest_q.double() / rest_p).log()
+    v, log = u - (ratio - rest_ratio), F.logsigmoid                             # logit rho
+    binary = u.sigmoid() * (log(u) - log(v)) + (-u).sigmoid() * (log(-u) - log(-v))
+    pull = (u.sigmoid() * (-u).sigmoid() * (u - v)).to(q.dtype)
+    within, gradient = slope(q.div_(rest_q), r)
+    within = within - rest_ratio + p.div_(rest_p).sub_(q).sum(-1, True)
+    gradient.mul_(gamma).addcmul_(q, pull, value=-1).scatter_(1, targets, pull)
+    return binary + gamma * within, gradient
+
+DIVERGENCES = {                 # name: function, and the setting that is its constant
+    "fkl": (forward_kl, None), "rkl": (reverse_kl, None),
+    "fkl+rkl": (forward_and_reverse_kl, "fkl_weight"),
+    "akl": (adaptive_kl, "mu"), "akl-r": (adaptive_kl_reversed, "mu"),
+    "skl": (skewed_kl, "skew"), "srkl": (skewed_reverse_kl, "skew"),
+    "jsd": (jensen_shannon, "jsd_beta"), "drkl": (diversity_aware_kl, "gamma")}
+MIRRORED = {"fkl": "rkl", "rkl": "fkl", "skl": "srkl", "srkl": "skl"}   # D(q, p) = mirrored(p, q)
 
 # -----------------------------------------------------------------------------
 # 5. The fused loss
@@ -612,12 +738,73 @@ DIVERGENCES = {"fkl": forward_kl, "rkl": reverse_kl}
 @dataclass(frozen=True)
 class LossSettings:
     """What the student is asked to do (the paper's Eqs. 1, 2, 3 and 9)."""
-    objective: str = setting("ce", "Cross-entropy alone, or with a divergence from the teacher.",
-                             choices=("ce", *DIVERGENCES))
+    objective: str = setting("ce", "Cross-entropy alone (seqkd: on the teacher's own text), or "
+                             "with a divergence.", choices=("ce", "seqkd", *DIVERGENCES))
     temperature: float = setting(2.0, "tau, by which all logits are divided (Eqs. 6, 7).", low=1e-3)
     alpha: float = setting(0.5, "Weight of cross-entropy; the rest is divergence (Eq. 9).", high=1)
     beta: float = setting(1.0, "Teacher's share of the mixed logits (Eq. 2); 1: no mixing.", high=1)
     progressive: bool = setting(False, "Lower beta from epoch to epoch (Eq. 3).")
+    mixing: str = setting("constant", "The student's part of the mixed logits in the gradient.",
+                          choices=("constant", "differentiated"))
+    reduction: str = setting("token", "The divergence's mean: by token, or BabyLlama's, by row.",
+                             choices=("token", "batchmean"))
+    fkl_weight: float = setting(0.5, "Share of forward KL in fkl+rkl.", high=1)
+    mu: float = setting(0.5, "Teacher's mass in the head (akl, akl-r).", high=1)
+    skew: float = setting(0.1, "Share of p (skl), of q (srkl), in the mixture.", high=0.999)
+    jsd_beta: float = setting(0.5, "Share of the teacher in jsd's mixture.", low=1e-3, high=0.999)
+    gamma: float = setting(0.5, "Weight of the rest in drkl.", high=1e3)
+
+def loss_weights(settings) -> tuple[float, float]:
+    """The weights of cross-entropy and of tau^2 times divergence: alpha and 1 - alpha (Eq. 9).
+
+    "batchmean" weighs the divergence T times as much: BabyLlama divides its sum by B alone, while
+    its cross-entropy is a mean over B * T tokens  <- differs (3).
+    """
+    if settings.objective not in DIVERGENCES:
+        return 1.0, 0.0
+    by_row = settings.context if settings.reduction == "batchmean" else 1
+    return settings.alpha, (1 - settings.alpha) * by_row
+
+def turn_into_gradient(z: Tensor, w: Tensor, targets: Tensor, settings, beta: float,
+                       room: Tensor) -> Tensor:
+    """Put in the place of z the loss's gradient with respect to the student's logits, tau z.
+
+    z, w (n, V), the student's and the teacher's logits / tau; targets (n, 1); room (4, n, V), to
+    work in. Returns (n, 2): cross-entropy and tau^2 times divergence.
+    """
+    q, p, r, soft = room[:, :len(z)]
+    logits, tiny = z.to(room.dtype), torch.finfo(room.dtype).tiny
+    function, name = DIVERGENCES.get(settings.objective, (None, None))
+    tau, (ce_weight, kl_weight) = settings.temperature if function else 1.0, loss_weights(settings)
+    if function:
+        torch.softmax(logits, -1, out=q)
+    if tau == 2:                                # softmax(2 x) goes with softmax(x)^2: no second exp
+        torch.mul(q, q, out=soft)
+    else:
+        torch.softmax(logits * tau, -1, out=soft)
+    whole, top = soft.sum(-1, True), soft.amax(-1, True)
+    ce = (whole / top).log() + tau * (logits.amax(-1, True) - logits.gather(1, targets))
+    soft.mul_(ce_weight / whole).scatter_add_(1, targets, torch.full_like(ce, -ce_weight))
+    if not function:
+        z.copy_(soft)
+        return torch.cat([ce, torch.zeros_like(ce)], 1)
+    if beta < 1:
+        w.mul_(beta).add_(z, alpha=1 - beta)                                        # Eq. 2
+    # Where a teacher rules a token out, by a logit of -inf, too, reverse KL is kept finite by tiny.
+    torch.softmax(w.to(room.dtype), -1, out=p)
+    room[:2].clamp_(min=tiny)
+    torch.div(q, p, out=r).log_()
+    constant = name and getattr(settings, name)
+    if settings.mixing == "differentiated" and beta < 1:
+        mirrored, _ = DIVERGENCES[MIRRORED[settings.objective]]
+        _, through = mirrored(p.clone(), q.clone(), -r, targets, constant)
+        soft.add_(through, alpha=kl_weight * tau * (1 - beta))
+    value, gradient = function(q, p, r, targets, constant)
+    # The gradient is with respect to z / tau, hence tau^2 / tau with respect to the logits.
+    torch.add(soft, gradient, alpha=kl_weight * tau, out=z)
+    return torch.cat([ce, tau**2 * value], 1)
+
+CACHE = 2**17       # numbers of each array that a core works on at once, for they stay in its cache
 
 class FusedLoss(torch.autograd.Function):
     """Cross-entropy and divergence of N tokens, with their gradients, a chunk of rows at a time.
@@ -630,13 +817,12 @@ class FusedLoss(torch.autograd.Function):
     where the z within p is held constant <- differs (4): log q - log p = beta (z - w) / tau up to a
     constant, so the gradient of the reverse KL is exactly beta times that of the unmixed one. Under
     RKL "mixing outputs" is a weight on the distillation, and Eq. 3 a schedule of that weight.
+    ("differentiated" lets the gradient through: beta q (r - KL) - (1 - beta) (q - p) for RKL.)
 
     As the gradient with respect to z is known in closed form, each chunk is finished at once: its
     logits are made, turned into their own gradient, multiplied back, and forgotten. The sums of
     the chunks add up to the whole, whatever their length: the paper's "step-wise loss", segments
     of k = 5 tokens, is this very loss with another chunk.
-
-    <- differs (3): the caller divides by the number of tokens, both parts alike.
     """
 
     @staticmethod
@@ -644,37 +830,54 @@ class FusedLoss(torch.autograd.Function):
         """Sums over the N tokens: the loss, and (2,) cross-entropy and tau^2 times divergence.
 
         hidden (N, C), head (V, C), targets (N,), teacher_hidden (N, C'), teacher_head (V, C'); the
-        teacher's may be None where the objective is ce.
+        teacher's may be None where the objective is ce. A target below 0 is ignored. Products are
+        in hidden's dtype, or autocast's; all else, sums and gradients too, is in fp32 or better,
+        and nothing is divided by N or scaled before the products, where fp16 would lose it.
         """
-        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head)
-        parts = hidden.new_zeros(2, dtype=torch.float64)            # cross-entropy, divergence
-        divergence = DIVERGENCES.get(settings.objective)
-        tau, ce_weight = settings.temperature, settings.alpha if divergence else 1.0
-        for i in range(0, len(hidden), chunk):
-            rows = slice(i, i + chunk)
-            z, target = hidden[rows] @ head.T, targets[rows, None]                      # (n, V)
-            log_q = z.log_softmax(-1)
-            parts[0] -= log_q.gather(1, target).sum(dtype=torch.float64)
-            d_z = log_q.exp_()                              # dCE/dz = softmax(z) - onehot(target)
-            d_z.scatter_add_(1, target, -torch.ones_like(d_z[:, :1]))
-            if divergence:
-                mixed = torch.lerp(z, teacher_hidden[rows] @ teacher_head.T, beta)      # Eq. 2
-                value, d_scaled = divergence((z / tau).log_softmax(-1),
-                                             (mixed / tau).log_softmax(-1))
-                parts[1] += tau**2 * value.sum(dtype=torch.float64)
-                # d_scaled is with respect to z / tau, hence tau^2 / tau with respect to z.
-                d_z.mul_(ce_weight).add_(d_scaled, alpha=(1 - ce_weight) * tau)
-            torch.mm(d_z, head, out=d_hidden[rows])
-            d_head.addmm_(d_z.T, hidden[rows])
+        N, V, kind, tau = len(hidden), len(head), hidden.device.type, 1.0
+        exact, dtype = torch.promote_types(hidden.dtype, torch.float32), hidden.dtype
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        n = max(1, math.ceil(N / max(1, math.ceil(N / chunk))))     # the chunks are of one length
+        block = n if kind == "cuda" else max(1, CACHE * torch.get_num_threads() // V)
+        room = hidden.new_empty(4, min(n, block), V, dtype=exact)
+        z, w = hidden.new_empty(n, V, dtype=dtype), None
+        parts = hidden.new_zeros(2, dtype=torch.float64)
+        d_hidden, d_head = (torch.zeros_like(x, dtype=exact) if wanted else None
+                            for x, wanted in zip((hidden, head), ctx.needs_input_grad))
+        head = head.to(dtype)
+        if settings.objective in DIVERGENCES:
+            w, tau, teacher_head = torch.empty_like(z), settings.temperature, teacher_head.to(dtype)
+        for i in range(0, N, n):
+            short = max(0, i + n - N)                               # rows that the last one lacks
+            h = F.pad(hidden[i:i + n], (0, 0, 0, short)).to(dtype)
+            target = F.pad(targets[i:i + n], (0, short), value=-1)[:, None]
+            keep, target = target >= 0, target.clamp(min=0)
+            torch.mm(h / tau, head.T, out=z)
+            if w is not None:
+                h_ = F.pad(teacher_hidden[i:i + n], (0, 0, 0, short)).to(dtype)
+                torch.mm(h_ / tau, teacher_head.T, out=w)
+            for rows in (slice(j, j + block) for j in range(0, n, block)):
+                losses = turn_into_gradient(z[rows], w if w is None else w[rows], target[rows],
+                                            settings, beta, room)
+                parts += (losses * keep[rows]).sum(0, dtype=torch.float64)
+            if d_hidden is not None:
+                d_hidden[i:i + n] = (z @ head).mul_(keep)[:n - short]
+            if d_head is not None and dtype == exact:
+                d_head.addmm_(z.T, h * keep)
+            elif d_head is not None:
+                d_head += z.T @ (h * keep)
         ctx.save_for_backward(d_hidden, d_head)
         ctx.mark_non_differentiable(parts)
-        return (ce_weight * parts[0] + (1 - ce_weight) * parts[1]).to(hidden.dtype), parts
+        return (parts * parts.new_tensor(loss_weights(settings))).sum().to(exact), parts
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss, _):
         """The gradients were made on the way forward; what the sum is divided by comes in here."""
-        d_hidden, d_head = ctx.saved_tensors
-        return d_hidden * d_loss, d_head * d_loss, None, None, None, None, None, None
+        assert not getattr(ctx, "spent", False), "the first backward pass has used the gradients up"
+        ctx.spent = True
+        return *(x if x is None else x.mul_(d_loss) for x in ctx.saved_tensors), *[None] * 6
 
 def token_log_probabilities(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int) -> Tensor:
     """log softmax(hidden head^T)[target] for each row: (N, C), (V, C), (N,) -> (N,)."""
@@ -905,7 +1108,7 @@ class Settings(OptimizerSettings, LossSettings, ModelSettings, BatchSettings, Te
     teachers: int = setting(0, "How many of the config's teachers to learn from.", high=2)
     device: str = setting("auto", "Where to compute.", choices=("auto", "cpu", "cuda"))
     micro_batch: int = setting(0, "Rows in memory at once, a divisor of the batch; 0: all.")
-    chunk: int = setting(512, "Rows of logits that the loss holds at once.", low=1)
+    chunk: int = setting(288, "Rows of logits that the loss holds at once.", low=1)
     eval_every: int = setting(0, "Steps between held-out losses; 0: only one, at the end.")
     dev_tokens: int = setting(0, "Read about this many held-out tokens, evenly spread; 0: all.")
     pairs: str = setting("", "Folder of minimal pairs; empty: data/blimp, or data/tiny/blimp.",
@@ -920,6 +1123,10 @@ class Settings(OptimizerSettings, LossSettings, ModelSettings, BatchSettings, Te
              f"model takes, --positions {self.positions}.")
         need(self.objective == "ce" or self.teachers, f"--objective {self.objective} needs a "
              "teacher: add --teachers 1.")
+        need(self.objective != "seqkd" or self.teachers == 1, "--objective seqkd learns from the "
+             f"text of one teacher, not of {self.teachers}: add --teachers 1.")
+        need(self.mixing == "constant" or self.objective in MIRRORED, "--mixing differentiated is "
+             f"for {', '.join(MIRRORED)}, not for {self.objective}.")
 
     def learnt(self) -> dict:
         """The settings that decide what a model learns: none of this class's own, no paths."""
@@ -1009,7 +1216,8 @@ def fit(run: Run, corpus: Corpus, teachers: list[Run], device: str) -> Model:
     steps, per_epoch = count_steps(len(corpus.train), settings)
     model = new_model(settings, corpus.vocabulary.size, settings.seed).to(device).train()
     optimizer = make_optimizer(model, settings)
-    coach = Coach([teacher.model for teacher in teachers]) if teachers else None
+    coach = Coach([teacher.model for teacher in teachers]) \
+        if settings.objective in DIVERGENCES else None
     write_json(run.out / "run.json", describe_run(run, corpus, teachers, device))
     (run.out / "model.safetensors").unlink(missing_ok=True)
     with open(run.out / "log.jsonl", "w", buffering=1) as log, \
@@ -1040,6 +1248,52 @@ def fit(run: Run, corpus: Corpus, teachers: list[Run], device: str) -> Model:
                 loss = held_out_loss(model, corpus.dev, settings)
                 log.write(json.dumps({"step": step + 1, "dev_loss": loss}) + "\n")
     return model.eval()
+
+@torch.no_grad()
+def sample_lines(model: Model, start: int, rows: int, length: int,
+                 generator: torch.Generator) -> list[list[int]]:
+    """Lines that the model writes after the token `start`, which also ends them, or after `length`
+    tokens: ids drawn from its softmax, without `start`."""
+    device = model.head.device
+    ids, order = torch.full((rows, 1), start, device=device), torch.arange(rows, device=device)
+    cache, lines = [[] for _ in range(model.config.layers)], [[]] * rows
+    while len(ids) and ids.shape[1] <= length:
+        logits = model.hidden(ids[:, -1:], cache)[:, -1] @ model.head.T
+        drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+        going = drawn[:, 0] != start
+        for row, line in zip(order[~going].tolist(), ids[~going, 1:].tolist()):
+            lines[row] = line
+        ids, order = torch.cat([ids, drawn], 1)[going], order[going]
+        if not going.all():
+            cache = [[kept[going] for kept in layer] for layer in cache]
+    for row, line in zip(order.tolist(), ids[:, 1:].tolist()):
+        lines[row] = line
+    return lines
+
+def sampled_corpus(teacher: Run, corpus: Corpus, settings: Settings, runs: Path) -> Corpus:
+    """The corpus with the teacher's own text in place of what it learnt from, for seqkd.
+
+    As many tokens as that has, sampled once, line by line, into a folder of `runs` that any --text
+    may name; the same seed and teacher find it there again. What is held out stays.
+    """
+    vocabulary, wanted = corpus.vocabulary, len(corpus.train)
+    weights = [file_digest(path) for path in sorted(teacher.out.glob("*.safetensors"))]
+    facts = json.dumps([weights, settings.seed, settings.prefix, settings.context, wanted]).encode()
+    path, lines = runs / f"seqkd-{digest(facts)[:8]}" / "sampled.train", []
+    newline = vocabulary.tokenizer.encode("\n", add_special_tokens=False).ids[-1]
+    start = vocabulary.prefix_id if settings.prefix == "line" else newline
+    generator = torch.Generator(teacher.model.head.device).manual_seed(settings.seed)
+    if not path.exists():
+        with tqdm(total=wanted, desc="sampling", unit=" tokens") as bar:
+            while bar.n < wanted:
+                drawn = sample_lines(teacher.model, start, 256, settings.context - 1, generator)
+                lines += vocabulary.tokenizer.decode_batch(drawn)
+                bar.update(sum(map(len, drawn)) + len(drawn))
+        with written_whole(path) as file:
+            file.write("\n".join(" ".join(line.split()) for line in lines).encode())
+    text, digests = [read_lines(path)], {**corpus.digests, "text": file_digest(path)}
+    ids = encode_once(path.with_suffix(".ids"), vocabulary, text, settings.prefix, digests)
+    return corpus._replace(train=ids, digests=digests)
 
 # -----------------------------------------------------------------------------
 # 9. Minimal pairs
@@ -1291,11 +1545,31 @@ def report(runs: list[Run], corpus: Corpus, pairs: list[Pair]) -> None:
         shown = "" if loss is None else f", held-out loss {loss:.4f} nats a token"
         click.echo(f"{run.name:<9} {run.out}{shown}")
 
+def products_error() -> float:
+    """The largest relative error of the three kinds of product in a layer, against float64."""
+    draw = torch.Generator().manual_seed(0)
+    x, w, d = (torch.randn(*shape, generator=draw) for shape in ((256, 512), (640, 512), (256, 640)))
+    pairs = ((x, w.T), (d, w), (d.T, x))
+    exact = [a.double() @ b.double() for a, b in pairs]
+    return max(((a @ b - c).norm() / c.norm()).item() for (a, b), c in zip(pairs, exact))
+
 def choose_device(name: str) -> str:
-    """cpu or cuda. Error: cuda where there is none."""
+    """cpu or cuda, set up for speed that costs no digit. Error: cuda where there is none.
+
+    On AMD's processors MKL, torch's choice, multiplies fp32 at half the speed of oneDNN. The way to
+    oneDNN is to allow it bf16, of which it makes use only where there are tiles for it (AMX): that
+    is measured, and taken back. Numbers under 1e-38 take a hundred times as long, and become 0.
+    """
     there = torch.cuda.is_available()
     need(name != "cuda" or there, "--device cuda: this machine, or this build of torch, has none: "
          "use --device cpu.")
+    torch.set_flush_denormal(True)
+    cpu = Path("/proc/cpuinfo")
+    maker = cpu.read_text() if cpu.exists() else platform.processor()
+    if "AuthenticAMD" in maker:
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        if products_error() > 1e-6:
+            torch.backends.mkldnn.matmul.fp32_precision = "ieee"
     return name if name != "auto" else "cuda" if there else "cpu"
 
 class Cli(click.Group):
@@ -1366,6 +1640,8 @@ def train_command(config: Path, out: Path | None, folders: tuple[Path, ...], ove
         click.echo(line, err=not dry_run)
     for run in runs if not dry_run else []:
         teachers = runs[:-1] if run is runs[-1] else []
+        if teachers and settings.objective == "seqkd":
+            corpus = sampled_corpus(runs[0], corpus, settings, out.parent)
         run.model = run.model or fit(run, corpus, teachers, device)
     if not dry_run:
         report(runs, corpus, pairs)
@@ -1401,6 +1677,133 @@ def eval_blimp_command(folder: Path | None, data: Path | None, sample: int, devi
     table = pairs_table({"accuracy": result}, paradigms=True)
     click.echo(json.dumps(result, indent=2) if as_json else
                f"{folder} on {result['data']}\n\n{table}")
+
+def contestants(objectives: list[str], rows: int, width: int, teacher_width: int, vocab_size: int,
+                chunk: int, dtype: str, device: str) -> tuple[dict, int]:
+    """What bench compares, forward and backward each, by name; and the bytes of the gradients.
+
+    "products" is the four products of a loss and nothing else, in its chunks: no loss is faster.
+    "plain" is cross-entropy and reverse KL as one writes them down, all logits at once, by autograd.
+    """
+    torch.manual_seed(0)
+    kind = dict(device=device, dtype=getattr(torch, dtype))
+    hidden, t_hidden = (torch.randn(rows, C, **kind) for C in (width, teacher_width))
+    head, t_head = (torch.randn(vocab_size, C, **kind).mul_(2 * C**-0.5)        # logits N(0, 2^2)
+                    for C in (width, teacher_width))
+    targets = torch.randint(vocab_size, (rows,), device=device)
+    hidden.requires_grad_(), head.requires_grad_()
+
+    @torch.no_grad()
+    def products() -> None:
+        n = math.ceil(rows / math.ceil(rows / chunk))
+        z, w = hidden.new_empty(2, n, vocab_size)
+        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head)
+        for some in (slice(i, i + n) for i in range(0, rows, n)):
+            d_z = torch.mm(hidden[some], head.T, out=z[:len(hidden[some])])
+            torch.mm(t_hidden[some], t_head.T, out=w[:len(hidden[some])])
+            torch.mm(d_z, head, out=d_hidden[some])
+            d_head.addmm_(d_z.T, hidden[some])
+
+    def plain() -> None:
+        z, w, tau = (hidden @ head.T).float(), (t_hidden @ t_head.T).float(), 2.0
+        log_q, log_p = ((logits / tau).log_softmax(-1) for logits in (z, w))
+        kl = (log_q.exp() * (log_q - log_p)).sum(-1).mean()
+        (0.5 * F.cross_entropy(z, targets) + 0.5 * tau**2 * kl).backward()
+
+    def fused(objective: str) -> None:
+        settings = Settings(objective=objective, teachers=int(objective != "ce"))
+        loss, _ = FusedLoss.apply(hidden, head, targets, t_hidden, t_head, settings, 1.0, chunk)
+        (loss / rows).backward()
+
+    def alone(step, *given) -> None:
+        hidden.grad = head.grad = None
+        step(*given)
+
+    steps = {step.__name__: functools.partial(alone, step) for step in (products, plain)}
+    steps |= {name: functools.partial(alone, fused, name) for name in objectives}
+    return steps, hidden.nbytes + head.nbytes
+
+def seconds_of(step, device: str) -> float:
+    """How long a step takes: by the clock, or by CUDA's events."""
+    if device == "cpu":
+        begin = time.perf_counter()
+        step()
+        return time.perf_counter() - begin
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    events[0].record()
+    step()
+    events[1].record()
+    torch.cuda.synchronize()
+    return events[0].elapsed_time(events[1]) / 1000
+
+def peak_bytes(step, device: str) -> int:
+    """The most memory that a step takes, on the device, beyond what is held before it."""
+    if device == "cuda":
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    status = Path("/proc/self/status")
+    need(status.exists(), "bench can weigh on Linux or CUDA alone: add --no-memory.")
+    Path("/proc/self/clear_refs").write_text("5")               # the peak is now what is held now
+    before, after = (int(re.search(r"VmHWM:\s*(\d+)", text)[1]) for text in
+                     (status.read_text(), step() or status.read_text()))
+    return 1024 * (after - before)
+
+@cli.command("bench")
+@click.option("--objective", "objectives", multiple=True, default=["rkl"], show_default=True,
+              type=click.Choice(["ce", *DIVERGENCES]), help="What to compare; may be repeated.")
+@click.option("--rows", default=4096, show_default=True, type=click.IntRange(1), help="N.")
+@click.option("--width", default=512, show_default=True, type=click.IntRange(1), help="C.")
+@click.option("--teacher-width", default=1024, show_default=True, type=click.IntRange(1), help="C'.")
+@click.option("--vocab-size", default=16_000, show_default=True, type=click.IntRange(3), help="V.")
+@click.option("--chunk", default=KNOWN["chunk"].default, show_default=True,
+              type=click.IntRange(1), help=KNOWN["chunk"].metadata["help"])
+@click.option("--dtype", type=click.Choice(("float32", "bfloat16", "float16")), default="float32",
+              show_default=True, help="Of hidden states and heads.")
+@click.option("--repeats", default=5, show_default=True, type=click.IntRange(1),
+              help="Rounds after a first one that does not count; all run once in each.")
+@click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto",
+              show_default=True, help="Where to compute.")
+@click.option("--plain/--no-plain", default=True, help="Also the loss with all logits at once.")
+@click.option("--memory/--no-memory", default=True, help="Weigh each in a process of its own.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list in place of the table.")
+@click.option("--weigh", hidden=True, help="Print the peak memory of this one alone, in bytes.")
+def bench_command(repeats: int, plain: bool, memory: bool, as_json: bool, weigh: str | None,
+                  **sizes) -> None:
+    """Time and weigh the loss, forward and backward, against its bare matrix products.
+
+    \\b
+    Example: python choobaca.py bench --objective rkl --objective akl
+    """
+    sizes["device"] = device = choose_device(sizes["device"])
+    steps, gradients = contestants(**sizes)
+    names = [name for name in steps if name != "plain" or plain]
+    if weigh:
+        steps["products"]()             # the library's own work space is taken, and stays
+        return click.echo(peak_bytes(steps[weigh], device) - gradients)
+    seconds, peaks = {name: [] for name in names}, dict.fromkeys(names)
+    with tqdm(total=(repeats + 2) * len(names), desc="bench", leave=False) as bar:
+        for name in names * (repeats + 1):
+            seconds[name].append(seconds_of(steps[name], device))
+            bar.update()
+        for name in names if memory else []:
+            flags = [f"--{key.replace('_', '-')}={value}" for key, value in sizes.items()
+                     if key != "objectives"]
+            alone = [sys.executable, __file__, "bench", *flags, f"--weigh={name}",
+                     *(f"--objective={each}" for each in sizes["objectives"])]
+            peaks[name] = int(subprocess.run(alone, check=True, stdout=subprocess.PIPE).stdout)
+            bar.update()
+    results = [{"name": name if name in ("products", "plain") else f"fused {name}",
+                "objective": "rkl" if name in ("products", "plain") else name,
+                "seconds": float(np.median(times[1:])), "seconds_all": times[1:],
+                "peak_bytes": peaks[name],
+                "ratio": float(np.median(np.divide(times[1:], seconds["products"][1:])))}
+               for name, times in seconds.items()]
+    lines = [f"{'':<14} seconds, median (range)  x products  peak, MB"] + [
+        f"{row['name']:<14} {row['seconds']:7.3f} ({min(row['seconds_all']):.3f} to "
+        f"{max(row['seconds_all']):.3f}) {row['ratio']:10.2f} {(row['peak_bytes'] or 0) / 1e6:9,.0f}"
+        for row in results]
+    click.echo(json.dumps(results, indent=2) if as_json else "\n".join(lines))
 
 if __name__ == "__main__":
     cli()
