@@ -9,6 +9,7 @@ Divergence" (Shi, Matusevych and Nissim, BabyLM 2024), called "the paper" below.
     python choobaca.py train --objective rkl --teachers 1     a teacher, then its student
     python choobaca.py train --objective ce                   the same student without a teacher
     python choobaca.py eval-blimp                             the newest run's grammar, pair by pair
+    python choobaca.py bench                                  the loss against its matrix products
 
 Read it from the top: the order of the file is the order of the data.
 
@@ -28,9 +29,9 @@ has here:
 
     (1) every line of text begins with <s>, and its first word with a space: scoring asks for both
     (2) all 256 bytes are in the vocabulary from the start, so that no text is ever dropped
-    (3) the divergence is a mean over tokens, as the cross-entropy is; BabyLlama's "batchmean" sums
-        it over the T tokens of a row, which makes it T times as heavy
-    (4) the student's part of the mixed logits (Eq. 2) is held constant
+    (3) the divergence is a mean over tokens, as the cross-entropy is; BabyLlama's "batchmean", a
+        setting here, sums it over the T tokens of a row, which makes it T times as heavy
+    (4) the student's part of the mixed logits (Eq. 2) is held constant; a setting, too
     (5) the learning rate follows one cosine to the end, after a warmup
 """
 import contextlib
@@ -76,8 +77,7 @@ def setting(default, help: str, choices: tuple = (), low=0, high=2**31 - 1, path
     """A field of a settings class: its default, its help and the values it takes.
 
     The settings classes below are the only place where a setting is written down: flags, help, the
-    keys of a TOML file and all checks are made from them.
-    """
+    keys of a TOML file and all checks are made from them."""
     return dataclasses.field(default=default, metadata={
         "help": help, "choices": choices, "low": low, "high": high, "path": path})
 
@@ -178,8 +178,7 @@ class Corpus(NamedTuple):
 def read_lines(path: Path) -> list[str]:
     """A document: the lines of a UTF-8 file, stripped, without the empty ones.
 
-    Error: nothing in it, or a byte that is not UTF-8 (which it names).
-    """
+    Error: nothing in it, or a byte that is not UTF-8 (which it names)."""
     try:
         text = path.read_bytes().decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -217,8 +216,7 @@ def train_tokenizer(folder: Path, documents: list[list[str]], vocab_size: int) -
 def load_vocabulary(path: Path) -> Vocabulary:
     """The vocabulary in a tokenizer.json, or in a folder that has one.
 
-    The prefix token is the bos_token that a file beside it names, else its eos_token, else <s>.
-    """
+    The prefix token is the bos_token that a file beside it names, else its eos_token, else <s>."""
     path = path / "tokenizer.json" if path.is_dir() else path
     files, roles = {"tokenizer.json": path.read_bytes()}, {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
@@ -250,8 +248,7 @@ def encode(vocabulary: Vocabulary, documents: list[list[str]], prefix: str, dtyp
         none        " A dog." "\\n" " It ran." "\\n"
 
     <- differs (1): BabyLlama's text holds no <s> and gives no space to the first word of a line, so
-    its scores, which are conditioned on <s> and ask for that space, ask for what was never seen.
-    """
+    its scores, which are conditioned on <s> and ask for that space, ask for what was never seen."""
     tokenizer, start = vocabulary.tokenizer, [vocabulary.prefix_id]
     before = start if prefix == "line" else []
     after = [] if prefix == "line" else tokenizer.encode("\n", add_special_tokens=False).ids[-1:]
@@ -274,8 +271,7 @@ def encode_once(path: Path, vocabulary: Vocabulary, documents: list[list[str]], 
     """The documents' ids, kept in the file at `path`: uint16, or uint32 for V above 65,536.
 
     Its header names the text, the tokenizer and the size. Where the file is not there, or has
-    another header or size, the text is encoded: nothing is ever used that does not fit.
-    """
+    another header or size, the text is encoded: nothing is ever used that does not fit."""
     dtype = np.dtype(np.uint16 if vocabulary.size <= 2**16 else np.uint32)
     facts = {"format": "choobaca ids 1", **digests, "prefix": prefix, "dtype": str(dtype)}
     whole = path.read_bytes() if path.exists() else b""
@@ -337,8 +333,7 @@ def batch_at(step: int, ids: np.ndarray, settings: BatchSettings) -> tuple[Tenso
     """Inputs and targets of a step, (B, T) int64 each: a pure function of seed and step.
 
     An epoch is one permutation of the rows, each once; what does not fill a batch is left out.
-    There is no loader with a state, so nothing that happens between two steps can change them.
-    """
+    There is no loader with a state, so nothing that happens between two steps can change them."""
     B, T = settings.batch_size, settings.context
     rows = count_rows(len(ids), settings)
     epoch, i = divmod(step, rows // B)
@@ -385,8 +380,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each vector by the angles of its position: (B, H, T, D) -> (B, H, T, D).
 
     Plane d is made of coordinates d and d + D/2. After the turn, the dot product of a query at t
-    and a key at s depends on t - s alone, which is the point of rotary positions.
-    """
+    and a key at s depends on t - s alone, which is the point of rotary positions."""
     a, b = x.chunk(2, dim=-1)                                           # (B, H, T, D/2) each
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
@@ -408,8 +402,7 @@ def count_past(cache: list | None) -> int:
 class LlamaAttention(nn.Module):
     """Each position looks back at itself and at those before it: (B, T, C) -> (B, T, C).
 
-    With fewer heads of keys and values than of queries, neighbouring queries share one.
-    """
+    With fewer heads of keys and values than of queries, neighbouring queries share one."""
 
     def __init__(self, config: ModelSettings):
         super().__init__()
@@ -474,7 +467,7 @@ class Llama(nn.Module):
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def hidden(self, ids: Tensor, cache: list | None = None) -> Tensor:
-        """(B, T) -> (B, T, C). With a cache, a list for each layer, ids go on from earlier calls."""
+        """(B, T) -> (B, T, C). A cache, a list a layer, makes ids go on from earlier calls."""
         start, D = count_past(cache), self.config.width // self.config.heads
         cos, sin = rotary_angles(start + ids.shape[1], D, self.config.rope_theta, ids.device)
         x = self.embed_tokens(ids)
@@ -552,7 +545,7 @@ class GPT2(nn.Module):
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
     def hidden(self, ids: Tensor, cache: list | None = None) -> Tensor:
-        """(B, T) -> (B, T, C). With a cache, a list for each block, ids go on from earlier calls."""
+        """(B, T) -> (B, T, C). A cache, a list a block, makes ids go on from earlier calls."""
         start = count_past(cache)
         x = self.wte(ids) + self.wpe(torch.arange(start, start + ids.shape[1], device=ids.device))
         x = F.dropout(x, self.config.dropout, self.training)
@@ -576,8 +569,7 @@ def new_model(config: ModelSettings, vocab_size: int, seed: int) -> Model:
 
     GPT-2's projections back into the residual stream are divided by sqrt(2 * layers), so that the
     sum of all branches keeps its size. A generator of its own, on the CPU, draws the same weights
-    for every device.
-    """
+    for every device."""
     model = empty_model(config, vocab_size).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -607,8 +599,7 @@ def slope(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     """sum q k and q (k - sum q k): what a derivative k with respect to q is in terms of logits.
 
     All sum up to 0, but for the mean's rounding: of a sure student's gradient that is most, so the
-    sum is taken off.
-    """
+    sum is taken off."""
     mean = dot(q, k)
     gradient = k.sub_(mean).mul_(q)
     return mean, gradient.addcmul_(q, gradient.sum(-1, True), value=-1)
@@ -617,8 +608,7 @@ def forward_kl(q, p, r, targets, _):
     """KL(p || q) = sum p (log p - log q), with gradient q - p (AKL paper, Eq. 5).
 
     Mode-covering: the teacher's probabilities weigh the error, so the student must find likely
-    all that the teacher finds likely.
-    """
+    all that the teacher finds likely."""
     error = q.sub_(p)
     return error.sum(-1, True) - dot(p, r), error
 
@@ -627,8 +617,7 @@ def reverse_kl(q, p, r, targets, _):
 
     Mode-seeking: the student's own probabilities weigh the error, so what it finds likely must be
     likely to the teacher, but it may leave out some of what the teacher says. The "single-step
-    decomposition" of MiniLLM, E_q[grad log q (log q - log p)], is this gradient in expectation.
-    """
+    decomposition" of MiniLLM, E_q[grad log q (log q - log p)], is this gradient in expectation."""
     value, gradient = slope(q, r)
     return value + p.sub_(q).sum(-1, True), gradient
 
@@ -645,8 +634,7 @@ def head_share(q: Tensor, p: Tensor, mu: float) -> Tensor:
     """The share of sum |p - q| that lies in the head, the fewest tokens with teacher mass mu.
 
     (AKL paper, Eqs. 12 to 14.) Tokens that tie with the head's last are in it, too. (n, 1), half
-    where the models agree. NumPy's sort takes a tenth of the time of torch's on a CPU.
-    """
+    where the models agree. NumPy's sort takes a tenth of the time of torch's on a CPU."""
     rising = p.sort(-1)[0] if p.is_cuda else torch.from_numpy(np.sort(p.numpy()))
     mass = rising.cumsum(-1)
     tail = torch.searchsorted(mass, mass[:, -1:] - mu, right=True)      # tokens outside the head
@@ -674,8 +662,7 @@ def mixture(q: Tensor, r: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]
     """m / q = (1 + common) (1 + rest) of m = share p + (1 - share) q: (n, 1) and (n, V); mean r.
 
     1 + common is m / q at the row's mean r (at most 40): what all tokens share then takes no digits
-    from rest. Leaves mean - r in the place of r.
-    """
+    from rest. Leaves mean - r in the place of r."""
     mean = dot(q, r).clamp_(max=40)
     common = share * torch.expm1(-mean)
     rest = torch.expm1(torch.sub(mean, r, out=r).clamp_(max=80))
@@ -706,8 +693,7 @@ def diversity_aware_kl(q, p, r, targets, gamma):
     B = KL((pi, 1 - pi) || (rho, 1 - rho)), N = KL(q' || p'). Reverse KL is B + (1 - pi) N: a sure
     student no longer hears of the rest, and N alone raises pi. With d = logit pi - logit rho and
     k = log(q' / p') the gradient is pi (1 - pi) d at t, q' (gamma (k - N) - pi (1 - pi) d) off it.
-    Read off an independent implementation: the paper's own text was not to be had.
-    """
+    Read off an independent implementation: the paper's own text was not to be had."""
     pi, ratio = q.gather(1, targets).double(), r.gather(1, targets).double()
     tiny = torch.finfo(q.dtype).tiny
     rest_q, rest_p = (x.scatter_(1, targets, 0).sum(-1, True).clamp_(min=tiny) for x in (q, p))
@@ -758,8 +744,7 @@ def loss_weights(settings) -> tuple[float, float]:
     """The weights of cross-entropy and of tau^2 times divergence: alpha and 1 - alpha (Eq. 9).
 
     "batchmean" weighs the divergence T times as much: BabyLlama divides its sum by B alone, while
-    its cross-entropy is a mean over B * T tokens  <- differs (3).
-    """
+    its cross-entropy is a mean over B * T tokens  <- differs (3)."""
     if settings.objective not in DIVERGENCES:
         return 1.0, 0.0
     by_row = settings.context if settings.reduction == "batchmean" else 1
@@ -770,8 +755,7 @@ def turn_into_gradient(z: Tensor, w: Tensor, targets: Tensor, settings, beta: fl
     """Put in the place of z the loss's gradient with respect to the student's logits, tau z.
 
     z, w (n, V), the student's and the teacher's logits / tau; targets (n, 1); room (4, n, V), to
-    work in. Returns (n, 2): cross-entropy and tau^2 times divergence.
-    """
+    work in. Returns (n, 2): cross-entropy and tau^2 times divergence."""
     q, p, r, soft = room[:, :len(z)]
     logits, tiny = z.to(room.dtype), torch.finfo(room.dtype).tiny
     function, name = DIVERGENCES.get(settings.objective, (None, None))
@@ -822,8 +806,7 @@ class FusedLoss(torch.autograd.Function):
     As the gradient with respect to z is known in closed form, each chunk is finished at once: its
     logits are made, turned into their own gradient, multiplied back, and forgotten. The sums of
     the chunks add up to the whole, whatever their length: the paper's "step-wise loss", segments
-    of k = 5 tokens, is this very loss with another chunk.
-    """
+    of k = 5 tokens, is this very loss with another chunk."""
 
     @staticmethod
     def forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, settings, beta, chunk):
@@ -832,8 +815,7 @@ class FusedLoss(torch.autograd.Function):
         hidden (N, C), head (V, C), targets (N,), teacher_hidden (N, C'), teacher_head (V, C'); the
         teacher's may be None where the objective is ce. A target below 0 is ignored. Products are
         in hidden's dtype, or autocast's; all else, sums and gradients too, is in fp32 or better,
-        and nothing is divided by N or scaled before the products, where fp16 would lose it.
-        """
+        and nothing is divided by N or scaled before the products, where fp16 would lose it."""
         N, V, kind, tau = len(hidden), len(head), hidden.device.type, 1.0
         exact, dtype = torch.promote_types(hidden.dtype, torch.float32), hidden.dtype
         if torch.is_autocast_enabled(kind):
@@ -892,8 +874,7 @@ class Coach:
     """One or more teachers as one.
 
     BabyLlama averages its teachers' logits. The mean of K products is one product: hidden states
-    side by side, times heads side by side divided by K.
-    """
+    side by side, times heads side by side divided by K."""
 
     def __init__(self, teachers: list[Model]):
         self.teachers = teachers
@@ -925,8 +906,7 @@ def lr_at(step: int, steps: int, settings: OptimizerSettings) -> float:
     """The learning rate of a step <- differs (5): the paper's cosine has T_max = 500.
 
     1) warmup: a line from 0 that would reach the peak at step `warmup`; 2) a cosine from the peak
-    that would reach 0 at step `steps`.
-    """
+    that would reach 0 at step `steps`."""
     if step < settings.warmup:
         return settings.lr * (step + 1) / (settings.warmup + 1)
     done = (step - settings.warmup) / max(1, steps - settings.warmup)
@@ -1062,8 +1042,7 @@ def load_model(folder: Path, device: str) -> tuple[Model, Vocabulary]:
     """The model, in fp32, and the vocabulary of a run or any Hugging Face LLaMA or GPT-2 folder.
 
     Shards that an index file names are read; so are older GPT-2 files, which hold causal masks and
-    whose names lack "transformer.". Error: weights that are not those of config.json.
-    """
+    whose names lack "transformer.". Error: weights that are not those of config.json."""
     need(folder.is_dir(), f"{folder} is not a folder: expected one that holds a model.")
     need((folder / "config.json").exists(), f"{folder} holds no finished model: expected "
          "config.json, tokenizer.json and model.safetensors.")
@@ -1103,8 +1082,7 @@ def load_model(folder: Path, device: str) -> tuple[Model, Vocabulary]:
 class Settings(OptimizerSettings, LossSettings, ModelSettings, BatchSettings, TextSettings):
     """All settings of a run. Those named here say how it is carried out, not what is learnt.
 
-    The bases stand in reverse: a dataclass collects its fields from the last one to the first.
-    """
+    The bases stand in reverse: a dataclass collects its fields from the last one to the first."""
     teachers: int = setting(0, "How many of the config's teachers to learn from.", high=2)
     device: str = setting("auto", "Where to compute.", choices=("auto", "cpu", "cuda"))
     micro_batch: int = setting(0, "Rows in memory at once, a divisor of the batch; 0: all.")
@@ -1147,8 +1125,7 @@ def train_step(model: Model, optimizer: torch.optim.Optimizer, coach: Coach | No
     """One optimizer step on inputs and targets (B, T): its losses and its gradient's norm.
 
     Each micro-batch is divided by the tokens of the whole step, so that without dropout
-    accumulating changes nothing but the rounding.
-    """
+    accumulating changes nothing but the rounding."""
     at_once, tokens = settings.micro_batch or len(inputs), targets.numel()
     losses = torch.zeros(3, dtype=torch.float64, device=inputs.device)
     optimizer.zero_grad()
@@ -1168,8 +1145,7 @@ def train_step(model: Model, optimizer: torch.optim.Optimizer, coach: Coach | No
 def held_out_loss(model: Model, ids: np.ndarray, settings: Settings) -> float | None:
     """Cross-entropy of the held-out text in nats per token; None if there is less than a row.
 
-    The rows of T tokens are fixed: all of them, or every k-th where `dev_tokens` asks for fewer.
-    """
+    The rows of T tokens are fixed: all of them, or every k-th where `dev_tokens` asks for fewer."""
     T, was_training, total = settings.context, model.training, 0.0
     every = max(1, round(len(ids) / settings.dev_tokens)) if settings.dev_tokens else 1
     starts = np.arange(0, len(ids) - T, T)[::every]
@@ -1210,8 +1186,7 @@ def fit(run: Run, corpus: Corpus, teachers: list[Run], device: str) -> Model:
     """The trained model; its folder has the log from the first step, and the weights at the end.
 
     Nothing beside `train_step` has a part in what is learnt, looking at held-out text least of all:
-    the batch, the rates and dropout's stream are functions of the step.
-    """
+    the batch, the rates and dropout's stream are functions of the step."""
     settings, begin = run.settings, time.perf_counter()
     steps, per_epoch = count_steps(len(corpus.train), settings)
     model = new_model(settings, corpus.vocabulary.size, settings.seed).to(device).train()
@@ -1274,8 +1249,7 @@ def sampled_corpus(teacher: Run, corpus: Corpus, settings: Settings, runs: Path)
     """The corpus with the teacher's own text in place of what it learnt from, for seqkd.
 
     As many tokens as that has, sampled once, line by line, into a folder of `runs` that any --text
-    may name; the same seed and teacher find it there again. What is held out stays.
-    """
+    may name; the same seed and teacher find it there again. What is held out stays."""
     vocabulary, wanted = corpus.vocabulary, len(corpus.train)
     weights = [file_digest(path) for path in sorted(teacher.out.glob("*.safetensors"))]
     facts = json.dumps([weights, settings.seed, settings.prefix, settings.context, wanted]).encode()
@@ -1325,8 +1299,7 @@ def group_by(items, key) -> dict[str, list]:
 def read_pairs(folder: Path, sample: int = 0) -> list[Pair]:
     """The pairs in a folder's *.jsonl, or about `sample` of them, the same share of each paradigm.
 
-    Error: no such folder or file, a line without sentence_good and sentence_bad.
-    """
+    Error: no such folder or file, a line without sentence_good and sentence_bad."""
     paths, pairs = sorted(folder.glob("*.jsonl")), []
     need(paths, f"{folder} holds no *.jsonl: expected a folder of minimal pairs.")
     for path in paths:
@@ -1368,8 +1341,7 @@ def score_sentences(model: Model, vocabulary: Vocabulary, sentences: list[str],
     """The log-probability of each sentence in nats, summed in float64: (sentences,).
 
     Equal sentences are scored once, so that they tie. Sentences of like length share a batch,
-    filled up on the right with token 0, which no position before it can see.
-    """
+    filled up on the right with token 0, which no position before it can see."""
     unique, totals = list(dict.fromkeys(sentences)), {}
     ids = encode_sentences(vocabulary, unique, model.config.positions)
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
@@ -1400,8 +1372,7 @@ def score_pairs(model: Model, vocabulary: Vocabulary, pairs: list[Pair], name: s
     """Accuracy overall, by phenomenon and by paradigm, with standard error, n and ties.
 
     "accuracy" is the unweighted mean of the paradigms, as in BabyLM and lm-evaluation-harness; a
-    phenomenon is the mean of its paradigms. A paradigm's standard error divides by n - 1.
-    """
+    phenomenon is the mean of its paradigms. A paradigm's standard error divides by n - 1."""
     scores = score_sentences(model, vocabulary, [text for pair in pairs for text in pair[:2]], name)
     margins, paradigms = scores[::2] - scores[1::2], {}
     for uid, members in group_by(range(len(pairs)), lambda i: pairs[i].paradigm).items():
@@ -1485,8 +1456,7 @@ def read_settings(config: Path, flags: dict,
     """The run's settings, and those of the teachers that the config describes for it.
 
     A teacher's settings are the run's own, but for its table and for what makes a distillation.
-    Error: settings that are unknown or do not fit, more teachers than the config describes.
-    """
+    Error: settings that are unknown or do not fit, more teachers than the config describes."""
     values, tables = read_config(config)
     for name, value in flags.items():
         if value is not None:
@@ -1525,15 +1495,32 @@ def load_teacher(run: Run, corpus: Corpus, device: str) -> Model:
          f"the student ({corpus.vocabulary.size:,} tokens): expected the very same one.")
     return teacher
 
+def describe_loss(settings: Settings) -> str:
+    """The loss as it is weighed in effect."""
+    ce, kl = loss_weights(settings)
+    if settings.objective not in DIVERGENCES:
+        return settings.objective
+    tau, name = settings.temperature, settings.objective
+    return f"loss {ce:g} ce + {kl * tau**2:g} {name} at temperature {tau:g}"
+
+def idle_flags(settings: Settings, flags: dict) -> list[str]:
+    """The flags given that have no part in the objective."""
+    constants = {name for _, name in DIVERGENCES.values() if name}
+    own = {DIVERGENCES.get(settings.objective, (None, None))[1]}
+    if settings.objective not in DIVERGENCES:
+        constants |= {"temperature", "alpha", "beta", "progressive", "mixing", "reduction"}
+    return ["--" + name.replace("_", "-") for name in sorted(constants - own)
+            if flags[name] is not None]
+
 def describe_plan(run: Run, corpus: Corpus) -> str:
-    """One line on what will be trained: size, objective, steps, tokens."""
+    """One line on what will be trained: size, loss, steps, tokens."""
     if run.model:
         return f"{run.name:<9} {run.out}: there already, used as it is"
     settings, (steps, per_epoch) = run.settings, count_steps(len(corpus.train), run.settings)
     size = count_parameters(empty_model(settings, corpus.vocabulary.size))
     return (f"{run.name:<9} {run.out}: {settings.model_type}, {size:,} parameters, "
-            f"{settings.objective}, {steps:,} steps of {settings.batch_size * settings.context:,} "
-            f"tokens, {steps / per_epoch:.1f} epochs")
+            f"{describe_loss(settings)}, {steps:,} steps of "
+            f"{settings.batch_size * settings.context:,} tokens, {steps / per_epoch:.1f} epochs")
 
 def report(runs: list[Run], corpus: Corpus, pairs: list[Pair]) -> None:
     """Print what the models have learnt, side by side, and where they lie."""
@@ -1548,7 +1535,7 @@ def report(runs: list[Run], corpus: Corpus, pairs: list[Pair]) -> None:
 def products_error() -> float:
     """The largest relative error of the three kinds of product in a layer, against float64."""
     draw = torch.Generator().manual_seed(0)
-    x, w, d = (torch.randn(*shape, generator=draw) for shape in ((256, 512), (640, 512), (256, 640)))
+    x, w, d = (torch.randn(shape, generator=draw) for shape in ((96, 512), (640, 512), (96, 640)))
     pairs = ((x, w.T), (d, w), (d.T, x))
     exact = [a.double() @ b.double() for a, b in pairs]
     return max(((a @ b - c).norm() / c.norm()).item() for (a, b), c in zip(pairs, exact))
@@ -1558,8 +1545,7 @@ def choose_device(name: str) -> str:
 
     On AMD's processors MKL, torch's choice, multiplies fp32 at half the speed of oneDNN. The way to
     oneDNN is to allow it bf16, of which it makes use only where there are tiles for it (AMX): that
-    is measured, and taken back. Numbers under 1e-38 take a hundred times as long, and become 0.
-    """
+    is measured, and taken back. Numbers under 1e-38 take a hundred times as long, and become 0."""
     there = torch.cuda.is_available()
     need(name != "cuda" or there, "--device cuda: this machine, or this build of torch, has none: "
          "use --device cpu.")
@@ -1607,10 +1593,11 @@ def train_command(config: Path, out: Path | None, folders: tuple[Path, ...], ove
     A teacher that the config describes is trained first, unless its folder holds it already.
 
     \b
-    Example: python choobaca.py train --objective rkl --teachers 1
-    """
+    Example: python choobaca.py train --objective rkl --teachers 1"""
     settings, described = read_settings(config, flags, list(folders))
     device, pairs = choose_device(settings.device), Path(settings.pairs or default_pairs())
+    for flag in idle_flags(settings, flags):
+        click.echo(f"{flag} has no part in --objective {settings.objective}.", err=True)
     name = f"{config.stem}-{settings.objective}-{settings.teachers}-seed{settings.seed}"
     out = out or Path("runs", name)
     need(not out.exists() or not any(out.iterdir()) or (out / "run.json").exists(),
@@ -1663,8 +1650,7 @@ def eval_blimp_command(folder: Path | None, data: Path | None, sample: int, devi
     """Score a model on minimal pairs: how often is the good sentence the likelier one?
 
     \b
-    Example: python choobaca.py eval-blimp --model runs/tiny-rkl-1-seed0
-    """
+    Example: python choobaca.py eval-blimp --model runs/tiny-rkl-1-seed0"""
     if folder is None:
         finished = list(Path("runs").glob("*/model.safetensors"))
         need(finished, "no finished run in runs/: name a model with --model, or run train first.")
@@ -1678,31 +1664,50 @@ def eval_blimp_command(folder: Path | None, data: Path | None, sample: int, devi
     click.echo(json.dumps(result, indent=2) if as_json else
                f"{folder} on {result['data']}\n\n{table}")
 
-def contestants(objectives: list[str], rows: int, width: int, teacher_width: int, vocab_size: int,
-                chunk: int, dtype: str, device: str) -> tuple[dict, int]:
-    """What bench compares, forward and backward each, by name; and the bytes of the gradients.
+def measure(step, leaves: tuple[Tensor, ...]) -> tuple[float, int | None]:
+    """Seconds of a step, by the clock or CUDA's events, and the bytes that it holds at its peak
+    beyond inputs and gradients: of use in a process where little ran before, on Linux or CUDA."""
+    for leaf in leaves:
+        leaf.grad = None
+    gradients, status = sum(leaf.nbytes for leaf in leaves), Path("/proc/self/status")
+    if leaves[0].is_cuda:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        begin.record(), step(), end.record(), torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3, torch.cuda.max_memory_allocated() - before - gradients
+    if status.exists():
+        Path("/proc/self/clear_refs").write_text("5")           # the peak is now what is held now
+        before = 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
+    begin = time.perf_counter()
+    step()
+    seconds = time.perf_counter() - begin
+    return seconds, 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) - before \
+        - gradients if status.exists() else None
+
+def contestants(objectives: tuple[str, ...], rows: int, width: int, teacher_width: int,
+                vocab_size: int, chunk: int, dtype: str, device: str) -> dict:
+    """What bench compares, by name: functions of nothing, forward and backward each.
 
     "products" is the four products of a loss and nothing else, in its chunks: no loss is faster.
-    "plain" is cross-entropy and reverse KL as one writes them down, all logits at once, by autograd.
-    """
+    "plain" is cross-entropy and reverse KL as one writes them, all logits at once, by autograd."""
     torch.manual_seed(0)
     kind = dict(device=device, dtype=getattr(torch, dtype))
     hidden, t_hidden = (torch.randn(rows, C, **kind) for C in (width, teacher_width))
     head, t_head = (torch.randn(vocab_size, C, **kind).mul_(2 * C**-0.5)        # logits N(0, 2^2)
                     for C in (width, teacher_width))
     targets = torch.randint(vocab_size, (rows,), device=device)
-    hidden.requires_grad_(), head.requires_grad_()
+    n = math.ceil(rows / math.ceil(rows / chunk))
 
     @torch.no_grad()
     def products() -> None:
-        n = math.ceil(rows / math.ceil(rows / chunk))
         z, w = hidden.new_empty(2, n, vocab_size)
-        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head)
+        head.grad, hidden.grad = torch.zeros_like(head), torch.empty_like(hidden)
         for some in (slice(i, i + n) for i in range(0, rows, n)):
             d_z = torch.mm(hidden[some], head.T, out=z[:len(hidden[some])])
             torch.mm(t_hidden[some], t_head.T, out=w[:len(hidden[some])])
-            torch.mm(d_z, head, out=d_hidden[some])
-            d_head.addmm_(d_z.T, hidden[some])
+            torch.mm(d_z, head, out=hidden.grad[some])
+            head.grad.addmm_(d_z.T, hidden[some])
 
     def plain() -> None:
         z, w, tau = (hidden @ head.T).float(), (t_hidden @ t_head.T).float(), 2.0
@@ -1715,46 +1720,18 @@ def contestants(objectives: list[str], rows: int, width: int, teacher_width: int
         loss, _ = FusedLoss.apply(hidden, head, targets, t_hidden, t_head, settings, 1.0, chunk)
         (loss / rows).backward()
 
-    def alone(step, *given) -> None:
-        hidden.grad = head.grad = None
-        step(*given)
-
-    steps = {step.__name__: functools.partial(alone, step) for step in (products, plain)}
-    steps |= {name: functools.partial(alone, fused, name) for name in objectives}
-    return steps, hidden.nbytes + head.nbytes
-
-def seconds_of(step, device: str) -> float:
-    """How long a step takes: by the clock, or by CUDA's events."""
-    if device == "cpu":
-        begin = time.perf_counter()
-        step()
-        return time.perf_counter() - begin
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-    events[0].record()
-    step()
-    events[1].record()
-    torch.cuda.synchronize()
-    return events[0].elapsed_time(events[1]) / 1000
-
-def peak_bytes(step, device: str) -> int:
-    """The most memory that a step takes, on the device, beyond what is held before it."""
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    status = Path("/proc/self/status")
-    need(status.exists(), "bench can weigh on Linux or CUDA alone: add --no-memory.")
-    Path("/proc/self/clear_refs").write_text("5")               # the peak is now what is held now
-    before, after = (int(re.search(r"VmHWM:\s*(\d+)", text)[1]) for text in
-                     (status.read_text(), step() or status.read_text()))
-    return 1024 * (after - before)
+    steps = {"products": products, "plain": plain}
+    steps |= {name: functools.partial(fused, name) for name in objectives}
+    hidden.requires_grad_(), head.requires_grad_()
+    return {name: functools.partial(measure, step, (hidden, head)) for name, step in steps.items()}
 
 @cli.command("bench")
 @click.option("--objective", "objectives", multiple=True, default=["rkl"], show_default=True,
               type=click.Choice(["ce", *DIVERGENCES]), help="What to compare; may be repeated.")
 @click.option("--rows", default=4096, show_default=True, type=click.IntRange(1), help="N.")
 @click.option("--width", default=512, show_default=True, type=click.IntRange(1), help="C.")
-@click.option("--teacher-width", default=1024, show_default=True, type=click.IntRange(1), help="C'.")
+@click.option("--teacher-width", default=1024, show_default=True, type=click.IntRange(1),
+              help="C', of all teachers.")
 @click.option("--vocab-size", default=16_000, show_default=True, type=click.IntRange(3), help="V.")
 @click.option("--chunk", default=KNOWN["chunk"].default, show_default=True,
               type=click.IntRange(1), help=KNOWN["chunk"].metadata["help"])
@@ -1765,45 +1742,41 @@ def peak_bytes(step, device: str) -> int:
 @click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto",
               show_default=True, help="Where to compute.")
 @click.option("--plain/--no-plain", default=True, help="Also the loss with all logits at once.")
-@click.option("--memory/--no-memory", default=True, help="Weigh each in a process of its own.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list in place of the table.")
 @click.option("--weigh", hidden=True, help="Print the peak memory of this one alone, in bytes.")
-def bench_command(repeats: int, plain: bool, memory: bool, as_json: bool, weigh: str | None,
-                  **sizes) -> None:
+def bench_command(repeats: int, plain: bool, as_json: bool, weigh: str | None, **sizes) -> None:
     """Time and weigh the loss, forward and backward, against its bare matrix products.
 
-    \\b
-    Example: python choobaca.py bench --objective rkl --objective akl
-    """
-    sizes["device"] = device = choose_device(sizes["device"])
-    steps, gradients = contestants(**sizes)
-    names = [name for name in steps if name != "plain" or plain]
+    \b
+    Example: python choobaca.py bench --objective rkl --objective akl"""
+    sizes["device"] = choose_device(sizes["device"])
+    steps = contestants(**sizes)
     if weigh:
         steps["products"]()             # the library's own work space is taken, and stays
-        return click.echo(peak_bytes(steps[weigh], device) - gradients)
-    seconds, peaks = {name: [] for name in names}, dict.fromkeys(names)
+        return click.echo(json.dumps(steps[weigh]()[1]))
+    names = [name for name in steps if name != "plain" or plain]
+    same = [f"--{key.replace('_', '-')}={value}" for key, value in sizes.items()
+            if key != "objectives"] + [f"--objective={name}" for name in sizes["objectives"]]
+    seconds, peaks = {name: [] for name in names}, {}
     with tqdm(total=(repeats + 2) * len(names), desc="bench", leave=False) as bar:
         for name in names * (repeats + 1):
-            seconds[name].append(seconds_of(steps[name], device))
+            seconds[name].append(steps[name]()[0])
             bar.update()
-        for name in names if memory else []:
-            flags = [f"--{key.replace('_', '-')}={value}" for key, value in sizes.items()
-                     if key != "objectives"]
-            alone = [sys.executable, __file__, "bench", *flags, f"--weigh={name}",
-                     *(f"--objective={each}" for each in sizes["objectives"])]
-            peaks[name] = int(subprocess.run(alone, check=True, stdout=subprocess.PIPE).stdout)
+        for name in names:
+            alone = [sys.executable, __file__, "bench", *same, f"--weigh={name}"]
+            peaks[name] = json.loads(subprocess.check_output(alone))
             bar.update()
-    results = [{"name": name if name in ("products", "plain") else f"fused {name}",
-                "objective": "rkl" if name in ("products", "plain") else name,
-                "seconds": float(np.median(times[1:])), "seconds_all": times[1:],
-                "peak_bytes": peaks[name],
-                "ratio": float(np.median(np.divide(times[1:], seconds["products"][1:])))}
-               for name, times in seconds.items()]
-    lines = [f"{'':<14} seconds, median (range)  x products  peak, MB"] + [
-        f"{row['name']:<14} {row['seconds']:7.3f} ({min(row['seconds_all']):.3f} to "
-        f"{max(row['seconds_all']):.3f}) {row['ratio']:10.2f} {(row['peak_bytes'] or 0) / 1e6:9,.0f}"
-        for row in results]
-    click.echo(json.dumps(results, indent=2) if as_json else "\n".join(lines))
+    rows = [{"name": "fused" if name in sizes["objectives"] else name,
+             "objective": name if name in sizes["objectives"] else "rkl",
+             "seconds": float(np.median(times[1:])), "seconds_all": times[1:],
+             "peak_bytes": peaks[name],
+             "ratio": float(np.median(np.divide(times[1:], seconds["products"][1:])))}
+            for name, times in seconds.items()]
+    lines = [f"{'':<9} {'objective':<9} seconds, median (range)  x products  peak, MB"] + [
+        f"{row['name']:<9} {row['objective']:<9} {row['seconds']:7.3f} "
+        f"({min(row['seconds_all']):.3f} to {max(row['seconds_all']):.3f}) {row['ratio']:11.2f} "
+        f"{(row['peak_bytes'] or 0) / 1e6:9,.0f}" for row in rows]
+    click.echo(json.dumps(rows, indent=2) if as_json else "\n".join(lines))
 
 if __name__ == "__main__":
     cli()
