@@ -754,30 +754,30 @@ def turn_into_gradient(z: Tensor, w: Tensor, targets: Tensor, settings, beta: fl
                        room: Tensor) -> Tensor:
     """Put in the place of z the loss's gradient with respect to the student's logits, tau z.
 
-    z, w (n, V), the student's and the teacher's logits / tau; targets (n, 1); room (4, n, V), to
+    z, w (n, V), the student's and the teacher's logits / tau; targets (n, 1); room (2, n, V), to
     work in. Returns (n, 2): cross-entropy and tau^2 times divergence."""
-    q, p, r, soft = room[:, :len(z)]
-    logits, tiny = z.to(room.dtype), torch.finfo(room.dtype).tiny
+    r, soft = room[:, :len(z)]
     function, name = DIVERGENCES.get(settings.objective, (None, None))
     tau, (ce_weight, kl_weight) = settings.temperature if function else 1.0, loss_weights(settings)
+    q, tiny = z.to(room.dtype), torch.finfo(room.dtype).tiny
+    ce = tau * (q.amax(-1, True) - q.gather(1, targets))
+    if tau != 2:
+        torch.softmax(q * tau, -1, out=soft)
     if function:
-        torch.softmax(logits, -1, out=q)
-    if tau == 2:                                # softmax(2 x) goes with softmax(x)^2: no second exp
+        if beta < 1:
+            w.mul_(beta).add_(z, alpha=1 - beta)                                    # Eq. 2
+        p = w.to(room.dtype)
+        torch.softmax(q, -1, out=q), torch.softmax(p, -1, out=p)
+    if tau == 2:                                # softmax(2 x) goes with softmax(x)^2: no third exp
         torch.mul(q, q, out=soft)
-    else:
-        torch.softmax(logits * tau, -1, out=soft)
     whole, top = soft.sum(-1, True), soft.amax(-1, True)
-    ce = (whole / top).log() + tau * (logits.amax(-1, True) - logits.gather(1, targets))
+    ce += (whole / top).log()
     soft.mul_(ce_weight / whole).scatter_add_(1, targets, torch.full_like(ce, -ce_weight))
     if not function:
         z.copy_(soft)
         return torch.cat([ce, torch.zeros_like(ce)], 1)
-    if beta < 1:
-        w.mul_(beta).add_(z, alpha=1 - beta)                                        # Eq. 2
     # Where a teacher rules a token out, by a logit of -inf, too, reverse KL is kept finite by tiny.
-    torch.softmax(w.to(room.dtype), -1, out=p)
-    room[:2].clamp_(min=tiny)
-    torch.div(q, p, out=r).log_()
+    torch.div(q.clamp_(min=tiny), p.clamp_(min=tiny), out=r).log_()
     constant = name and getattr(settings, name)
     if settings.mixing == "differentiated" and beta < 1:
         mirrored, _ = DIVERGENCES[MIRRORED[settings.objective]]
@@ -822,7 +822,7 @@ class FusedLoss(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(kind)
         n = max(1, math.ceil(N / max(1, math.ceil(N / chunk))))     # the chunks are of one length
         block = n if kind == "cuda" else max(1, CACHE * torch.get_num_threads() // V)
-        room = hidden.new_empty(4, min(n, block), V, dtype=exact)
+        room = hidden.new_empty(2, min(n, block), V, dtype=exact)
         z, w = hidden.new_empty(n, V, dtype=dtype), None
         parts = hidden.new_zeros(2, dtype=torch.float64)
         d_hidden, d_head = (torch.zeros_like(x, dtype=exact) if wanted else None
@@ -1086,7 +1086,7 @@ class Settings(OptimizerSettings, LossSettings, ModelSettings, BatchSettings, Te
     teachers: int = setting(0, "How many of the config's teachers to learn from.", high=2)
     device: str = setting("auto", "Where to compute.", choices=("auto", "cpu", "cuda"))
     micro_batch: int = setting(0, "Rows in memory at once, a divisor of the batch; 0: all.")
-    chunk: int = setting(288, "Rows of logits that the loss holds at once.", low=1)
+    chunk: int = setting(304, "Rows of logits that the loss holds at once.", low=1)
     eval_every: int = setting(0, "Steps between held-out losses; 0: only one, at the end.")
     dev_tokens: int = setting(0, "Read about this many held-out tokens, evenly spread; 0: all.")
     pairs: str = setting("", "Folder of minimal pairs; empty: data/blimp, or data/tiny/blimp.",
