@@ -589,17 +589,16 @@ def new_model(config: ModelSettings, vocab_size: int, seed: int) -> Model:
 #   ->  the divergence of each row (n, 1), and its gradient with respect to z / tau (n, V)
 #
 # To add one: write such a function and name it in DIVERGENCES. What it is given it may overwrite.
-# A sum of q - p is 0 but for rounding, which a sum of p r or q r shares: added, it cancels that.
+# q and p sum to 1 only up to rounding. To add sum (q - p) to a KL, or take it off, cancels that.
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
     """sum x y of each row: (n, V), (n, V) -> (n, 1)"""
     return (x * y).sum(-1, True)
 
 def slope(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """sum q k and q (k - sum q k): what a derivative k with respect to q is in terms of logits.
-
-    All sum up to 0, but for the mean's rounding: of a sure student's gradient that is most, so the
-    sum is taken off."""
+    """sum q k and q (k - sum q k), the gradient by logits of what has the derivative k by q, where
+    constants in k drop out. It sums to 0 but for rounding, which is most of it where the student
+    is sure: so its sum is taken off."""
     mean = dot(q, k)
     gradient = k.sub_(mean).mul_(q)
     return mean, gradient.addcmul_(q, gradient.sum(-1, True), value=-1)
@@ -661,8 +660,8 @@ def skewed_kl(q, p, r, targets, skew):
 def mixture(q: Tensor, r: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
     """m / q = (1 + common) (1 + rest) of m = share p + (1 - share) q: (n, 1) and (n, V); mean r.
 
-    1 + common is m / q at the row's mean r (at most 40): what all tokens share then takes no digits
-    from rest. Leaves mean - r in the place of r."""
+    1 + common is m / q at the row's mean r (at most 40, lest exp overflow): what all tokens share
+    then takes no digits from rest. Leaves mean - r in the place of r."""
     mean = dot(q, r).clamp_(max=40)
     common = share * torch.expm1(-mean)
     rest = torch.expm1(torch.sub(mean, r, out=r).clamp_(max=80))
@@ -736,9 +735,9 @@ class LossSettings:
                              choices=("token", "batchmean"))
     fkl_weight: float = setting(0.5, "Share of forward KL in fkl+rkl.", high=1)
     mu: float = setting(0.5, "Teacher's mass in the head (akl, akl-r).", high=1)
-    skew: float = setting(0.1, "Share of p (skl), of q (srkl), in the mixture.", high=0.999)
+    skew: float = setting(0.1, "Share of p (skl) or q (srkl) mixed in.", low=1e-3, high=0.999)
     jsd_beta: float = setting(0.5, "Share of the teacher in jsd's mixture.", low=1e-3, high=0.999)
-    gamma: float = setting(0.5, "Weight of the rest in drkl.", high=1e3)
+    gamma: float = setting(0.5, "Weight of the rest in drkl.", low=1e-3, high=1e3)
 
 def loss_weights(settings) -> tuple[float, float]:
     """The weights of cross-entropy and of tau^2 times divergence: alpha and 1 - alpha (Eq. 9).
@@ -813,9 +812,9 @@ class FusedLoss(torch.autograd.Function):
         """Sums over the N tokens: the loss, and (2,) cross-entropy and tau^2 times divergence.
 
         hidden (N, C), head (V, C), targets (N,), teacher_hidden (N, C'), teacher_head (V, C'); the
-        teacher's may be None where the objective is ce. A target below 0 is ignored. Products are
-        in hidden's dtype, or autocast's; all else, sums and gradients too, is in fp32 or better,
-        and nothing is divided by N or scaled before the products, where fp16 would lose it."""
+        teacher's may be None where there is no divergence. A target below 0 is ignored. Products
+        are in hidden's dtype, or autocast's (logits / tau must fit in); all else is in fp32 or
+        better, and nothing is divided by N before the products, where fp16 would lose it."""
         N, V, kind, tau = len(hidden), len(head), hidden.device.type, 1.0
         exact, dtype = torch.promote_types(hidden.dtype, torch.float32), hidden.dtype
         if torch.is_autocast_enabled(kind):
@@ -1102,7 +1101,7 @@ class Settings(OptimizerSettings, LossSettings, ModelSettings, BatchSettings, Te
         need(self.objective == "ce" or self.teachers, f"--objective {self.objective} needs a "
              "teacher: add --teachers 1.")
         need(self.objective != "seqkd" or self.teachers == 1, "--objective seqkd learns from the "
-             f"text of one teacher, not of {self.teachers}: add --teachers 1.")
+             f"text of one teacher, not of {self.teachers}: name one, or add --teachers 1.")
         need(self.mixing == "constant" or self.objective in MIRRORED, "--mixing differentiated is "
              f"for {', '.join(MIRRORED)}, not for {self.objective}.")
 
@@ -1250,24 +1249,31 @@ def sampled_corpus(teacher: Run, corpus: Corpus, settings: Settings, runs: Path)
 
     As many tokens as that has, sampled once, line by line, into a folder of `runs` that any --text
     may name; the same seed and teacher find it there again. What is held out stays."""
-    vocabulary, wanted = corpus.vocabulary, len(corpus.train)
-    weights = [file_digest(path) for path in sorted(teacher.out.glob("*.safetensors"))]
-    facts = json.dumps([weights, settings.seed, settings.prefix, settings.context, wanted]).encode()
-    path, lines = runs / f"seqkd-{digest(facts)[:8]}" / "sampled.train", []
-    newline = vocabulary.tokenizer.encode("\n", add_special_tokens=False).ids[-1]
-    start = vocabulary.prefix_id if settings.prefix == "line" else newline
+    (tokenizer, prefix_id, _), wanted, tokens, lines = corpus.vocabulary, len(corpus.train), 0, []
+    facts = [[file_digest(path) for path in sorted(teacher.out.glob("*.safetensors"))], wanted,
+             corpus.vocabulary.digest, settings.seed, settings.prefix, settings.context]
+    path = runs / f"seqkd-{digest(json.dumps(facts).encode())[:8]}" / "sampled.train"
+    newline = tokenizer.encode("\n", add_special_tokens=False).ids[-1:]
+    start = newline[0] if newline and settings.prefix != "line" else prefix_id
     generator = torch.Generator(teacher.model.head.device).manual_seed(settings.seed)
     if not path.exists():
         with tqdm(total=wanted, desc="sampling", unit=" tokens") as bar:
-            while bar.n < wanted:
+            while tokens < wanted:
                 drawn = sample_lines(teacher.model, start, 256, settings.context - 1, generator)
-                lines += vocabulary.tokenizer.decode_batch(drawn)
-                bar.update(sum(map(len, drawn)) + len(drawn))
+                some = [" ".join(line.split()) for line in tokenizer.decode_batch(drawn)]
+                some = [line for line in some if line]
+                need(some, f"{teacher.out} writes nothing but empty lines: train it for longer, or "
+                     "raise --context.")
+                lines += some
+                coded = tokenizer.encode_batch_fast([" " + line for line in some],
+                                                    add_special_tokens=False)
+                tokens += sum(len(line.ids) + 1 for line in coded)
+                bar.update(tokens - bar.n)
         with written_whole(path) as file:
-            file.write("\n".join(" ".join(line.split()) for line in lines).encode())
+            file.write("\n".join(lines).encode())
     text, digests = [read_lines(path)], {**corpus.digests, "text": file_digest(path)}
-    ids = encode_once(path.with_suffix(".ids"), vocabulary, text, settings.prefix, digests)
-    return corpus._replace(train=ids, digests=digests)
+    ids = encode_once(path.with_suffix(".ids"), corpus.vocabulary, text, settings.prefix, digests)
+    return corpus._replace(train=ids[:wanted], digests=digests)
 
 # -----------------------------------------------------------------------------
 # 9. Minimal pairs
@@ -1493,6 +1499,8 @@ def load_teacher(run: Run, corpus: Corpus, device: str) -> Model:
     need(own == ours and len(teacher.head) == corpus.vocabulary.size, f"{run.out} has another "
          f"vocabulary ({vocabulary.size:,} tokens, {len(teacher.head):,} rows of embeddings) than "
          f"the student ({corpus.vocabulary.size:,} tokens): expected the very same one.")
+    need(all(weight.isfinite().all() for weight in teacher.parameters()), f"{run.out}: its weights "
+         "are not all finite numbers: train it again, perhaps with a lower --lr.")
     return teacher
 
 def describe_loss(settings: Settings) -> str:
@@ -1501,12 +1509,16 @@ def describe_loss(settings: Settings) -> str:
     if settings.objective not in DIVERGENCES:
         return settings.objective
     tau, name = settings.temperature, settings.objective
-    return f"loss {ce:g} ce + {kl * tau**2:g} {name} at temperature {tau:g}"
+    mixed = f", beta {settings.beta:g}" * (settings.beta < 1 or settings.progressive)
+    return f"loss {ce:g} ce + {kl * tau**2:g} {name} at temperature {tau:g}{mixed}" + \
+        " falling" * settings.progressive
 
 def idle_flags(settings: Settings, flags: dict) -> list[str]:
     """The flags given that have no part in the objective."""
     constants = {name for _, name in DIVERGENCES.values() if name}
     own = {DIVERGENCES.get(settings.objective, (None, None))[1]}
+    if settings.beta == 1 and not settings.progressive:
+        constants.add("mixing")
     if settings.objective not in DIVERGENCES:
         constants |= {"temperature", "alpha", "beta", "progressive", "mixing", "reduction"}
     return ["--" + name.replace("_", "-") for name in sorted(constants - own)
@@ -1667,23 +1679,23 @@ def eval_blimp_command(folder: Path | None, data: Path | None, sample: int, devi
 def measure(step, leaves: tuple[Tensor, ...]) -> tuple[float, int | None]:
     """Seconds of a step, by the clock or CUDA's events, and the bytes that it holds at its peak
     beyond inputs and gradients: of use in a process where little ran before, on Linux or CUDA."""
+    gradients, status = sum(leaf.nbytes for leaf in leaves), Path("/proc/self/status")
     for leaf in leaves:
         leaf.grad = None
-    gradients, status = sum(leaf.nbytes for leaf in leaves), Path("/proc/self/status")
     if leaves[0].is_cuda:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         begin.record(), step(), end.record(), torch.cuda.synchronize()
         return begin.elapsed_time(end) / 1e3, torch.cuda.max_memory_allocated() - before - gradients
-    if status.exists():
+    linux = status.exists() and "VmHWM" in status.read_text()
+    if linux:
         Path("/proc/self/clear_refs").write_text("5")           # the peak is now what is held now
-        before = 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
-    begin = time.perf_counter()
+    before, begin = status.read_text() if linux else "", time.perf_counter()
     step()
-    seconds = time.perf_counter() - begin
-    return seconds, 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) - before \
-        - gradients if status.exists() else None
+    seconds, after = time.perf_counter() - begin, status.read_text() if linux else ""
+    peaks = [1024 * int(kib) for kib in re.findall(r"VmHWM:\s*(\d+)", before + after)]
+    return seconds, peaks[1] - peaks[0] - gradients if linux else None
 
 def contestants(objectives: tuple[str, ...], rows: int, width: int, teacher_width: int,
                 vocab_size: int, chunk: int, dtype: str, device: str) -> dict:
@@ -1728,11 +1740,12 @@ def contestants(objectives: tuple[str, ...], rows: int, width: int, teacher_widt
 @cli.command("bench")
 @click.option("--objective", "objectives", multiple=True, default=["rkl"], show_default=True,
               type=click.Choice(["ce", *DIVERGENCES]), help="What to compare; may be repeated.")
-@click.option("--rows", default=4096, show_default=True, type=click.IntRange(1), help="N.")
-@click.option("--width", default=512, show_default=True, type=click.IntRange(1), help="C.")
-@click.option("--teacher-width", default=1024, show_default=True, type=click.IntRange(1),
+@click.option("--rows", default=4096, show_default=True, type=click.IntRange(1, 2**20), help="N.")
+@click.option("--width", default=512, show_default=True, type=click.IntRange(1, 2**16), help="C.")
+@click.option("--teacher-width", default=1024, show_default=True, type=click.IntRange(1, 2**16),
               help="C', of all teachers.")
-@click.option("--vocab-size", default=16_000, show_default=True, type=click.IntRange(3), help="V.")
+@click.option("--vocab-size", default=16_000, show_default=True, type=click.IntRange(3, 2**20),
+              help="V.")
 @click.option("--chunk", default=KNOWN["chunk"].default, show_default=True,
               type=click.IntRange(1), help=KNOWN["chunk"].metadata["help"])
 @click.option("--dtype", type=click.Choice(("float32", "bfloat16", "float16")), default="float32",
@@ -1751,7 +1764,7 @@ def bench_command(repeats: int, plain: bool, as_json: bool, weigh: str | None, *
     Example: python choobaca.py bench --objective rkl --objective akl"""
     sizes["device"] = choose_device(sizes["device"])
     steps = contestants(**sizes)
-    if weigh:
+    if weigh in steps:
         steps["products"]()             # the library's own work space is taken, and stays
         return click.echo(json.dumps(steps[weigh]()[1]))
     names = [name for name in steps if name != "plain" or plain]
@@ -1764,7 +1777,10 @@ def bench_command(repeats: int, plain: bool, as_json: bool, weigh: str | None, *
             bar.update()
         for name in names:
             alone = [sys.executable, __file__, "bench", *same, f"--weigh={name}"]
-            peaks[name] = json.loads(subprocess.check_output(alone))
+            done = subprocess.run(alone, stdout=subprocess.PIPE)
+            need(done.returncode == 0, f"{name}, run alone, ended with code {done.returncode}: "
+                 "expected 0. If memory ran out, lower --rows or add --no-plain.")
+            peaks[name] = json.loads(done.stdout)
             bar.update()
     rows = [{"name": "fused" if name in sizes["objectives"] else name,
              "objective": name if name in sizes["objectives"] else "rkl",

@@ -1023,10 +1023,47 @@ def test_seqkd_learns_from_its_teachers_text(tmp_path, prefix):
     invoke(*args, "-o", tmp_path / "again/one")
     (again,) = (tmp_path / "again").glob("seqkd-*/sampled.train")
     assert again.read_bytes() == before
+    for folder in (tmp_path / "runs", tmp_path / "again"):
+        (original,) = folder.glob("text-*/train.ids")
+        ids = sampled.with_suffix(".ids").stat().st_size / original.stat().st_size
+        assert 0.98 < ids < 1.3  # a batch of lines more, which is cut off
+    invoke(*args, "-o", tmp_path / "seed/one", "--seed", "7")
+    (other,) = (tmp_path / "seed").glob("seqkd-*/sampled.train")
+    assert other.read_bytes() != before
     record = json.loads((tmp_path / "runs/one/run.json").read_text())
     assert record["digests"]["text"] == c.file_digest(sampled) and record["digests"]["teachers"]
     assert not any("kl" in line for line in history(tmp_path / "runs/one"))
     invoke(*args[:-2], "--text", sampled.parent, "-o", tmp_path / "other/one", "--objective", "ce")
+
+
+@pytest.mark.parametrize("prefix", ["line", "document", "none"])
+def test_the_sampled_text_is_the_teachers(tmp_path, corpus, monkeypatch, prefix):
+    """What sample_lines draws, from the token that begins a line in the text, is what is learnt;
+    a teacher that has nothing to say, and one that is ruined, are one sentence each."""
+    vocabulary, s = corpus.vocabulary, settings(objective="seqkd", teachers=1, prefix=prefix)
+    said = vocabulary.tokenizer.encode(" the dog sees it.", add_special_tokens=False).ids
+    starts, drawn = [], [said, []]
+    monkeypatch.setattr(
+        c, "sample_lines", lambda m, start, *rest: starts.append(start) or list(drawn)
+    )
+    c.save_model(tmp_path / "t", model(V=vocabulary.size), vocabulary)
+    teacher = c.Run("teacher", tmp_path / "t", None, model(V=vocabulary.size))
+    small = corpus._replace(train=corpus.train[:100])
+    found = c.sampled_corpus(teacher, small, s, tmp_path)
+    newline = vocabulary.tokenizer.encode("\n", add_special_tokens=False).ids[-1]
+    assert set(starts) == {vocabulary.prefix_id if prefix == "line" else newline}
+    line = [vocabulary.prefix_id, *said] if prefix == "line" else [*said, newline]
+    first = [vocabulary.prefix_id] * (prefix == "document")
+    assert found.train.tolist() == (first + line * 100)[:100]
+    assert found.digests["text"] != corpus.digests["text"] and found.dev is corpus.dev
+    drawn[:] = [[], []]
+    with pytest.raises(c.click.ClickException, match="nothing but empty lines"):
+        c.sampled_corpus(teacher, small._replace(train=corpus.train[:50]), s, tmp_path)
+    with torch.no_grad():
+        teacher.model.head[0, 0] = math.nan
+    c.save_model(tmp_path / "t", teacher.model, vocabulary)
+    with pytest.raises(c.click.ClickException, match="not all finite"):
+        c.load_teacher(teacher, corpus, "cpu")
 
 
 @pytest.mark.parametrize("objective", c.DIVERGENCES)
@@ -1043,14 +1080,20 @@ def test_the_plan_gives_the_weights_and_names_what_is_idle(tmp_path):
     """The loss as it is weighed in effect; a flag that the objective does not read is named."""
     args = ["train", "-c", brief_config(tmp_path), "--dry-run", "-o", tmp_path / "runs/x"]
     args += ["--teachers", "1", "--objective", "rkl", "--alpha", "0.25", "--reduction", "batchmean"]
-    result = invoke(*args, "--skew", "0.2", "--mixing", "constant")
-    assert "loss 0.25 ce + 96 rkl at temperature 2" in result.stdout  # 0.75 * 32 * 2^2
-    assert (
-        result.stderr.count("no part") == 1
-        and "--skew has no part in --objective rkl" in result.stderr
+    result = invoke(
+        *args, "--skew", "0.2", "--beta", "0.7", "--progressive", "--mixing", "constant"
     )
-    result = invoke(*args[:6], "--objective", "ce", "--beta", "0.3")
-    assert "--beta has no part in --objective ce" in result.stderr
+    loss = "loss 0.25 ce + 96 rkl at temperature 2, beta 0.7 falling,"  # 0.75 * 32 * 2^2
+    assert loss in result.stdout
+    assert result.stderr.count("no part") == 1
+    assert "--skew has no part in --objective rkl" in result.stderr
+    result = invoke(*args, "--temperature", "3", "--mixing", "differentiated")
+    assert "loss 0.25 ce + 216 rkl at temperature 3," in result.stdout
+    assert "--mixing has no part" in result.stderr
+    for objective in ("ce", "seqkd"):
+        given = ["--objective", objective, "--beta", "0.3"]
+        result = invoke(*args[:6], *given, *["--teachers", "1"] * (objective == "seqkd"))
+        assert f"--beta has no part in --objective {objective}" in result.stderr
 
 
 def test_a_run_says_what_it_is(tmp_path):
@@ -1257,7 +1300,7 @@ def bad_inputs(folder: Path):
         "--skew is 1.0: expected",
     )
     yield ["bench", "--objective", "seqkd"], "'seqkd' is not one of"
-    yield ["bench", "--device", "cuda", "--rows", "8"], "--device cuda"
+    yield ["bench", "--vocab-size", "1000000000000000"], "is not in the range 3<=x<="
     yield [*train, "--objective", "ce", "--teachers", "1"], "has no teacher"
     yield [*train, "--heads", "5"], "5 heads do not divide the width 32"
     yield [*train, "--micro-batch", "3"], "--micro-batch 3 does not divide --batch-size 8"
@@ -1311,6 +1354,7 @@ def test_fast_products_lose_no_digit(monkeypatch):
     try:
         c.choose_device("cpu")
         assert c.products_error() < 1e-6
+        assert (torch.tensor([1e-30]) * 1e-10).item() == 0  # denormals cost, and count for nothing
         monkeypatch.setattr(
             Path,
             "read_text",
@@ -1326,6 +1370,7 @@ def test_fast_products_lose_no_digit(monkeypatch):
             return product(a.bfloat16(), b.bfloat16()).float() if fast else product(a, b)
 
         monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
         assert c.products_error() > 1e-3
         c.choose_device("cpu")
         assert torch.backends.mkldnn.matmul.fp32_precision == "ieee" and c.products_error() < 1e-6
