@@ -1710,13 +1710,22 @@ def readme_settings() -> str:
     return "\n".join(rows)
 
 
+def first_cells(readme: str, head: str) -> set[str]:
+    """What stands first in the rows of the table that begins so."""
+    table = readme[readme.index(head) :].split("\n\n")[0]
+    return set(re.findall(r"^\| `([^`]+)`", table, re.M)) - {"--objective"}
+
+
 def test_the_readme_is_of_this_program(default_run):
     """Its table of settings is the program's, its log keys are all there, its output is real."""
     readme = (HOME / "README.md").read_text()
     assert readme_settings() in readme, readme_settings()
     log = (default_run / "runs/tiny-rkl-1-seed0/log.jsonl").read_text().splitlines()
     keys = {key for line in log for key in json.loads(line)}
-    assert set(re.findall(r"^\| `(\w+)` \|", readme, re.M)) == keys
+    assert first_cells(readme, "| key | what |") == keys
+    objectives = {field.name: field for field in dataclasses.fields(c.Settings)}["objective"]
+    named = first_cells(readme, "| `--objective` | D |") | {"akl-r"}
+    assert named == set(objectives.metadata["choices"])
     assert f"about {round(len(SOURCE.splitlines()), -2):,} lines" in readme
     for line in (default_run / "out.txt").read_text().splitlines():
         shown = re.sub(r"[\d.]+", "#", line).strip()
