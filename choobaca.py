@@ -651,8 +651,8 @@ def adaptive_kl_reversed(q, p, r, targets, mu):
 
 def skewed_kl(q, p, r, targets, skew):
     """KL(p || m), m = skew p + (1 - skew) q, with gradient q (k - sum q k), k = (skew - 1) p / m
-    (DistiLLM, Ko et al. 2024). By m / p - 1 = (1 - skew) (e^r - 1) no digit is lost near p = q."""
-    excess = r.clamp_(-80, 80).expm1_().mul_(1 - skew)                          # m / p - 1
+    (DistiLLM, Ko et al. 2024). By m / p - 1 = (1 - skew) (q - p) / p: no digit goes near p = q."""
+    excess = torch.sub(q, p, out=r).div_(p).mul_(1 - skew)                      # m / p - 1
     forward = -dot(p, excess.log1p())
     _, gradient = slope(q, excess.add_(1).reciprocal_().mul_(skew - 1))
     return forward + (1 - skew) * q.sub_(p).sum(-1, True), gradient
@@ -1695,7 +1695,7 @@ def measure(step, leaves: tuple[Tensor, ...]) -> tuple[float, int | None]:
     step()
     seconds, after = time.perf_counter() - begin, status.read_text() if linux else ""
     peaks = [1024 * int(kib) for kib in re.findall(r"VmHWM:\s*(\d+)", before + after)]
-    return seconds, peaks[1] - peaks[0] - gradients if linux else None
+    return seconds, max(0, peaks[1] - peaks[0] - gradients) if linux else None
 
 def contestants(objectives: tuple[str, ...], rows: int, width: int, teacher_width: int,
                 vocab_size: int, chunk: int, dtype: str, device: str) -> dict:
