@@ -588,19 +588,35 @@ def new_model(config: ModelSettings, vocab_size: int, seed: int) -> Model:
 # targets (n, 1): the observed tokens; a constant, where one is named in DIVERGENCES
 #   ->  the divergence of each row (n, 1), and its gradient with respect to z / tau (n, V)
 #
-# To add one: write such a function and name it in DIVERGENCES. What it is given it may overwrite.
+# To add one: write such a function and name it in DIVERGENCES. It may use up p, and r, where
+# the gradient may lie, but not q.
 # q and p sum to 1 only up to rounding. To add sum (q - p) to a KL, or take it off, cancels that.
+
+def to_probabilities(z: Tensor, w: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+    """q, p and r (n, V) in the places of z and w, the logits / tau, and of r; max z and the scale
+    in q = scale exp(z - max z), (n, 1) each.
+
+    Taking each row's top off first leaves r the digits that q and p have, whatever the level of
+    the logits. r is held at 87 (in fp32, where numbers end): a token that the teacher rules out,
+    by -inf, costs reverse KL much, and not infinitely much."""
+    top, most = z.amax(-1, True), -math.log(torch.finfo(z.dtype).tiny)
+    x, y = z.sub_(top), w.sub_(w.amax(-1, True))
+    torch.sub(x, y, out=r).clamp_(max=most)
+    scale, p_scale = (1 / u.exp_().sum(-1, True) for u in (x, y))
+    r.add_((scale - p_scale).div_(p_scale).log1p_())            # exact where they are nearly equal
+    return x.mul_(scale), y.mul_(p_scale), r, top, scale
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
     """sum x y of each row: (n, V), (n, V) -> (n, 1)"""
     return (x * y).sum(-1, True)
 
 def slope(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """sum q k and q (k - sum q k), the gradient by logits of what has the derivative k by q, where
-    constants in k drop out. It sums to 0 but for rounding, which is most of it where the student
-    is sure: so its sum is taken off."""
-    mean = dot(q, k)
-    gradient = k.sub_(mean).mul_(q)
+    """sum q k and, in the place of k, q (k - sum q k), the gradient by logits of what has the
+    derivative k by q, where constants in k drop out. It sums to 0 but for rounding, which is most
+    of it where the student is sure: so its sum is taken off."""
+    gradient = k.mul_(q)
+    mean = gradient.sum(-1, True)
+    gradient.addcmul_(q, mean, value=-1)
     return mean, gradient.addcmul_(q, gradient.sum(-1, True), value=-1)
 
 def forward_kl(q, p, r, targets, _):
@@ -608,8 +624,8 @@ def forward_kl(q, p, r, targets, _):
 
     Mode-covering: the teacher's probabilities weigh the error, so the student must find likely
     all that the teacher finds likely."""
-    error = q.sub_(p)
-    return error.sum(-1, True) - dot(p, r), error
+    forward, error = -r.mul_(p).sum(-1, True), torch.sub(q, p, out=r)
+    return forward + error.sum(-1, True), error
 
 def reverse_kl(q, p, r, targets, _):
     """KL(q || p) = sum q r, with gradient q (r - KL) (AKL paper, Eq. 6).
@@ -624,21 +640,26 @@ def forward_and_reverse_kl(q, p, r, targets, weight):
     """weight FKL + (1 - weight) RKL (AKL paper, section 4); weight is a number or (n, 1)."""
     forward = -dot(p, r)
     reverse, gradient = slope(q, r)
-    error = q.sub_(p)
+    error = torch.sub(q, p, out=p)
     slack = error.sum(-1, True)
     value = weight * (forward + slack) + (1 - weight) * (reverse - slack)
-    return value, gradient.mul_(1 - weight).add_(error.mul_(weight))
+    return value, gradient.lerp_(error, weight)
 
 def head_share(q: Tensor, p: Tensor, mu: float) -> Tensor:
     """The share of sum |p - q| that lies in the head, the fewest tokens with teacher mass mu.
 
     (AKL paper, Eqs. 12 to 14.) Tokens that tie with the head's last are in it, too. (n, 1), half
-    where the models agree. NumPy's sort takes a tenth of the time of torch's on a CPU."""
-    rising = p.sort(-1)[0] if p.is_cuda else torch.from_numpy(np.sort(p.numpy()))
+    where the models agree. Tokens under (1 - mu) / V have less than 1 - mu together, so none is in
+    the head: made equal, they need no sorting. NumPy sorts ten times as fast as torch on a CPU."""
+    rising = p.clamp(min=(1 - mu) / p.shape[1])
+    if p.is_cuda:
+        rising = rising.sort(-1)[0]
+    else:
+        rising.numpy().sort(-1)
     mass = rising.cumsum(-1)
     tail = torch.searchsorted(mass, mass[:, -1:] - mu, right=True)      # tokens outside the head
-    edge, gap = rising.gather(1, tail.clamp_(max=p.shape[1] - 1)), (p - q).abs_()
-    head, both = dot(gap, torch.ge(p, edge, out=rising)), gap.sum(-1, True)
+    edge, gap = rising.gather(1, tail.clamp_(max=p.shape[1] - 1)), torch.sub(p, q, out=mass).abs_()
+    both, head = gap.sum(-1, True), gap.mul_(torch.ge(p, edge, out=rising)).sum(-1, True)
     return torch.where(both > 0, head / both, 0.5)
 
 def adaptive_kl(q, p, r, targets, mu):
@@ -652,25 +673,26 @@ def adaptive_kl_reversed(q, p, r, targets, mu):
 def skewed_kl(q, p, r, targets, skew):
     """KL(p || m), m = skew p + (1 - skew) q, with gradient q (k - sum q k), k = (skew - 1) p / m
     (DistiLLM, Ko et al. 2024). By m / p - 1 = (1 - skew) (q - p) / p: no digit goes near p = q."""
+    p.clamp_(min=torch.finfo(p.dtype).tiny)
     excess = torch.sub(q, p, out=r).div_(p).mul_(1 - skew)                      # m / p - 1
     forward = -dot(p, excess.log1p())
     _, gradient = slope(q, excess.add_(1).reciprocal_().mul_(skew - 1))
-    return forward + (1 - skew) * q.sub_(p).sum(-1, True), gradient
+    return forward - (1 - skew) * p.sub_(q).sum(-1, True), gradient
 
-def mixture(q: Tensor, r: Tensor, share: float) -> tuple[Tensor, Tensor, Tensor]:
-    """m / q = (1 + common) (1 + rest) of m = share p + (1 - share) q: (n, 1) and (n, V); mean r.
+def mixture(q: Tensor, p: Tensor, r: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """m / q = (1 + common) (1 + rest) of m = share p + (1 - share) q: (n, 1) and (n, V).
 
-    1 + common is m / q at the row's mean r (at most 40, lest exp overflow): what all tokens share
-    then takes no digits from rest. Leaves mean - r in the place of r."""
-    mean = dot(q, r).clamp_(max=40)
-    common = share * torch.expm1(-mean)
-    rest = torch.expm1(torch.sub(mean, r, out=r).clamp_(max=80))
-    return common, rest.mul_(share * torch.exp(-mean) / (1 + common)), mean
+    1 + common is m / q at the row's mean r: what all tokens share then takes no digits from rest,
+    which is share (p - q ratio) / q / (1 + common). Each q under 1e-34 is lifted to it."""
+    ratio = dot(q, r).neg_().exp_()
+    common = share * (ratio - 1)
+    rest = torch.addcmul(p, q.clamp_(min=1e-34), ratio, value=-1).div_(q)
+    return common, rest.mul_(share / (1 + common))
 
 def skewed_reverse_kl(q, p, r, targets, skew):
     """KL(q || m), m = (1 - skew) p + skew q, with gradient q (k - sum q k) and
     k = log(q / m) - skew q / m (DistiLLM)."""
-    common, rest, _ = mixture(q, r, 1 - skew)
+    common, rest = mixture(q, p, r, 1 - skew)
     log_rest = torch.log1p(rest, out=r)
     value = -dot(q, log_rest) - common.log1p() + (1 - skew) * p.sub_(q).sum(-1, True)
     k = rest.div_(torch.add(rest, 1, out=p)).mul_(skew / (1 + common)).sub_(log_rest)
@@ -679,11 +701,12 @@ def skewed_reverse_kl(q, p, r, targets, skew):
 def jensen_shannon(q, p, r, targets, share):
     """share KL(p || m) + (1 - share) KL(q || m), m = share p + (1 - share) q (GKD, Agarwal et al.
     2024), with gradient (1 - share) q (log(q / m) - KL(q || m))."""
-    common, rest, mean = mixture(q, r, share)
-    k, common = rest.log1p_().neg_(), common.log1p()                # k = log(q / m) + common
-    log_p_m = r.add_(k).sub_(mean + common)
-    both = p.mul_(log_p_m).mul_(share).addcmul_(q, k, value=1 - share)
-    return both.sum(-1, True) - (1 - share) * common, slope(q, k)[1].mul_(1 - share)
+    common, rest = mixture(q, p, r, share)
+    k, common = rest.log1p_().neg_(), common.log1p_()               # k = log(q / m) + common
+    log_m_p = r.sub_(k).add_(common).clamp_(min=math.log(share))    # where q was lifted, too
+    forward, (mean, gradient) = -p.mul_(log_m_p).sum(-1, True), slope(q, k)
+    value = share * forward + (1 - share) * (mean - common)
+    return value, gradient.mul_(1 - share)
 
 def diversity_aware_kl(q, p, r, targets, gamma):
     """B + gamma N: B of the target against the rest, N within the rest (arXiv 2604.00223, Eq. 9).
@@ -695,7 +718,8 @@ def diversity_aware_kl(q, p, r, targets, gamma):
     Read off an independent implementation: the paper's own text was not to be had."""
     pi, ratio = q.gather(1, targets).double(), r.gather(1, targets).double()
     tiny = torch.finfo(q.dtype).tiny
-    rest_q, rest_p = (x.scatter_(1, targets, 0).sum(-1, True).clamp_(min=tiny) for x in (q, p))
+    q, p = q.scatter(1, targets, 0), p.scatter_(1, targets, 0)
+    rest_q, rest_p = (x.sum(-1, True).clamp_(min=tiny) for x in (q, p))
     u = pi.clamp(min=tiny).log() - rest_q.double().log()                        # logit pi
     rest_ratio = (rest_q.double() / rest_p).log()
     v, log = u - (ratio - rest_ratio), F.logsigmoid                             # logit rho
@@ -749,43 +773,41 @@ def loss_weights(settings) -> tuple[float, float]:
     by_row = settings.context if settings.reduction == "batchmean" else 1
     return settings.alpha, (1 - settings.alpha) * by_row
 
-def turn_into_gradient(z: Tensor, w: Tensor, targets: Tensor, settings, beta: float,
-                       room: Tensor) -> Tensor:
+def turn_into_gradient(settings, beta: float, room: Tensor, z: Tensor, targets: Tensor,
+                       w: Tensor | None = None) -> Tensor:
     """Put in the place of z the loss's gradient with respect to the student's logits, tau z.
 
-    z, w (n, V), the student's and the teacher's logits / tau; targets (n, 1); room (2, n, V), to
-    work in. Returns (n, 2): cross-entropy and tau^2 times divergence."""
-    r, soft = room[:, :len(z)]
+    z, w (n, V), the student's and the teacher's logits / tau; targets (n, 1); room, of n rows or
+    more of V, to work in, as w is. Returns (n, 3): max z, log sum exp(tau (z - max z)), D."""
     function, name = DIVERGENCES.get(settings.objective, (None, None))
     tau, (ce_weight, kl_weight) = settings.temperature if function else 1.0, loss_weights(settings)
-    q, tiny = z.to(room.dtype), torch.finfo(room.dtype).tiny
-    ce = tau * (q.amax(-1, True) - q.gather(1, targets))
-    if tau != 2:
-        torch.softmax(q * tau, -1, out=soft)
+    q = z.to(room.dtype)
     if function:
+        p, constant = w.to(room.dtype), name and getattr(settings, name)
         if beta < 1:
-            w.mul_(beta).add_(z, alpha=1 - beta)                                    # Eq. 2
-        p = w.to(room.dtype)
-        torch.softmax(q, -1, out=q), torch.softmax(p, -1, out=p)
-    if tau == 2:                                # softmax(2 x) goes with softmax(x)^2: no third exp
-        torch.mul(q, q, out=soft)
-    whole, top = soft.sum(-1, True), soft.amax(-1, True)
-    ce += (whole / top).log()
-    soft.mul_(ce_weight / whole).scatter_add_(1, targets, torch.full_like(ce, -ce_weight))
-    if not function:
-        z.copy_(soft)
-        return torch.cat([ce, torch.zeros_like(ce)], 1)
-    # Where a teacher rules a token out, by a logit of -inf, too, reverse KL is kept finite by tiny.
-    torch.div(q.clamp_(min=tiny), p.clamp_(min=tiny), out=r).log_()
-    constant = name and getattr(settings, name)
-    if settings.mixing == "differentiated" and beta < 1:
-        mirrored, _ = DIVERGENCES[MIRRORED[settings.objective]]
-        _, through = mirrored(p.clone(), q.clone(), -r, targets, constant)
-        soft.add_(through, alpha=kl_weight * tau * (1 - beta))
-    value, gradient = function(q, p, r, targets, constant)
-    # The gradient is with respect to z / tau, hence tau^2 / tau with respect to the logits.
-    torch.add(soft, gradient, alpha=kl_weight * tau, out=z)
-    return torch.cat([ce, tau**2 * value], 1)
+            p.mul_(beta).add_(q, alpha=1 - beta)                                    # Eq. 2
+        q, p, r, top, scale = to_probabilities(q, p, room[:len(q)])
+        through = None
+        if settings.mixing == "differentiated" and beta < 1:
+            mirrored, _ = DIVERGENCES[MIRRORED[settings.objective]]
+            _, through = mirrored(p, q.clone(), -r, targets, constant)
+        value, gradient = function(q, p, r, targets, constant)
+        if through is not None:
+            gradient.add_(through, alpha=1 - beta)
+        if kl_weight * tau != 1:                # tau^2, over the tau of d(z / tau)
+            gradient.mul_(kl_weight * tau)
+        soft = torch.pow(q, tau, out=p)         # goes with softmax(tau z), for cross-entropy
+    else:
+        top, scale = q.amax(-1, True), q.new_ones(())
+        soft, value, gradient = q.sub_(top).exp_(), torch.zeros_like(top), q.new_zeros(())
+    total = soft.sum(-1, True)
+    soft.scatter_add_(1, targets, -total)
+    torch.addcmul(gradient, soft, ce_weight / total, out=z)
+    return torch.cat([top, total.log_().sub_(scale.log_(), alpha=tau), value], 1)
+
+def padded(x: Tensor, n: int, value: int = 0) -> Tensor:
+    """The rows of x and, behind them, rows of a value up to n of them."""
+    return F.pad(x, (0, 0, 0, n - len(x)), value=value) if len(x) < n else x
 
 CACHE = 2**17       # numbers of each array that a core works on at once, for they stay in its cache
 
@@ -821,7 +843,7 @@ class FusedLoss(torch.autograd.Function):
             dtype = torch.get_autocast_dtype(kind)
         n = max(1, math.ceil(N / max(1, math.ceil(N / chunk))))     # the chunks are of one length
         block = n if kind == "cuda" else max(1, CACHE * torch.get_num_threads() // V)
-        room = hidden.new_empty(2, min(n, block), V, dtype=exact)
+        room = hidden.new_empty(min(n, block), V, dtype=exact)
         z, w = hidden.new_empty(n, V, dtype=dtype), None
         parts = hidden.new_zeros(2, dtype=torch.float64)
         d_hidden, d_head = (torch.zeros_like(x, dtype=exact) if wanted else None
@@ -830,20 +852,20 @@ class FusedLoss(torch.autograd.Function):
         if settings.objective in DIVERGENCES:
             w, tau, teacher_head = torch.empty_like(z), settings.temperature, teacher_head.to(dtype)
         for i in range(0, N, n):
-            short = max(0, i + n - N)                               # rows that the last one lacks
-            h = F.pad(hidden[i:i + n], (0, 0, 0, short)).to(dtype)
-            target = F.pad(targets[i:i + n], (0, short), value=-1)[:, None]
+            h, target = padded(hidden[i:i + n], n).to(dtype), padded(targets[i:i + n, None], n, -1)
             keep, target = target >= 0, target.clamp(min=0)
-            torch.mm(h / tau, head.T, out=z)
+            torch.addmm(z, h, head.T, beta=0, alpha=1 / tau, out=z)
+            observed, blocks = z.gather(1, target), [z.split(block), target.split(block)]
             if w is not None:
-                h_ = F.pad(teacher_hidden[i:i + n], (0, 0, 0, short)).to(dtype)
-                torch.mm(h_ / tau, teacher_head.T, out=w)
-            for rows in (slice(j, j + block) for j in range(0, n, block)):
-                losses = turn_into_gradient(z[rows], w if w is None else w[rows], target[rows],
-                                            settings, beta, room)
-                parts += (losses * keep[rows]).sum(0, dtype=torch.float64)
+                t = padded(teacher_hidden[i:i + n], n).to(dtype)
+                torch.addmm(w, t, teacher_head.T, beta=0, alpha=1 / tau, out=w)
+                blocks.append(w.split(block))
+            rows = [turn_into_gradient(settings, beta, room, *each) for each in zip(*blocks)]
+            top, above, value = torch.cat(rows).double().split(1, 1)
+            ce = above + tau * (top - observed)
+            parts += (torch.cat([ce, tau**2 * value], 1) * keep).sum(0)
             if d_hidden is not None:
-                d_hidden[i:i + n] = (z @ head).mul_(keep)[:n - short]
+                d_hidden[i:i + n] = (z @ head).mul_(keep)[:N - i]
             if d_head is not None and dtype == exact:
                 d_head.addmm_(z.T, h * keep)
             elif d_head is not None:
