@@ -9,6 +9,7 @@ Divergence" (Shi, Matusevych and Nissim, BabyLM 2024), called "the paper" below.
     python choobaca.py train --objective rkl --teachers 1     a teacher, then its student
     python choobaca.py train --objective ce                   the same student without a teacher
     python choobaca.py eval-blimp                             the newest run's grammar, pair by pair
+    python choobaca.py compare RUN RUN                        is the second one better, or lucky?
     python choobaca.py bench                                  the loss against its matrix products
 
 Read it from the top: the order of the file is the order of the data.
@@ -35,6 +36,7 @@ has here:
     (5) the learning rate follows one cosine to the end, after a warmup
 """
 import contextlib
+import csv
 import dataclasses
 import difflib
 import functools
@@ -399,6 +401,12 @@ def count_past(cache: list | None) -> int:
     """The positions that are in a cache."""
     return cache[0][0].shape[2] if cache and cache[0] else 0
 
+class Tree(NamedTuple):
+    """Where each id of a row stands, if not behind the one before it: texts that begin alike, as a
+    tree of ids that branches where they part."""
+    depth: Tensor                   # (B, T), the number of ids above each
+    mask: Tensor                    # (B, 1, T, T), 0 where an id (row) sees another, else -inf
+
 class LlamaAttention(nn.Module):
     """Each position looks back at itself and at those before it: (B, T, C) -> (B, T, C).
 
@@ -413,12 +421,13 @@ class LlamaAttention(nn.Module):
         self.v_proj = nn.Linear(C, C // self.heads * self.kv_heads, bias=False)
         self.o_proj = nn.Linear(C, C, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: list | None) -> Tensor:
-        first = not past                                # a later, single position may see them all
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: list | None,
+                mask: Tensor | None) -> Tensor:
+        causal = not past and mask is None              # a later, single position may see them all
         q = rotate(split_heads(self.q_proj(x), self.heads), cos, sin)               # (B, H, T, D)
         k = rotate(split_heads(self.k_proj(x), self.kv_heads), cos, sin)
         k, v = remember(past, k, split_heads(self.v_proj(x), self.kv_heads))
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=first,
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal,
                                            enable_gqa=self.kv_heads != self.heads)
         return self.o_proj(y.transpose(1, 2).flatten(2))                            # (B, T, C)
 
@@ -444,8 +453,9 @@ class LlamaBlock(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.width, config.norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: list | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, past)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: list | None,
+                mask: Tensor | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, past, mask)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 class Llama(nn.Module):
@@ -466,13 +476,15 @@ class Llama(nn.Module):
         """(V, C): the logits are hidden states times its transpose."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def hidden(self, ids: Tensor, cache: list | None = None) -> Tensor:
-        """(B, T) -> (B, T, C). A cache, a list a layer, makes ids go on from earlier calls."""
-        start, D = count_past(cache), self.config.width // self.config.heads
-        cos, sin = rotary_angles(start + ids.shape[1], D, self.config.rope_theta, ids.device)
-        x = self.embed_tokens(ids)
+    def hidden(self, ids: Tensor, cache: list | None = None, tree: Tree | None = None) -> Tensor:
+        """(B, T) -> (B, T, C). A cache, a list a layer, makes ids go on from earlier calls; a tree
+        says where each stands in place of the order in which they come."""
+        (B, T), start, D = ids.shape, count_past(cache), self.config.width // self.config.heads
+        cos, sin = rotary_angles(start + T, D, self.config.rope_theta, ids.device)
+        place, x = tree.depth[:, None] if tree else slice(start, None), self.embed_tokens(ids)
+        cos, sin = cos[place].to(x.dtype), sin[place].to(x.dtype)
         for layer, past in zip(self.layers, cache or [None] * self.config.layers):
-            x = layer(x, cos[start:].to(x.dtype), sin[start:].to(x.dtype), past)
+            x = layer(x, cos, sin, past, tree and tree.mask)
         return self.norm(x)
 
 class Conv1D(nn.Module):
@@ -494,10 +506,10 @@ class GPT2Attention(nn.Module):
         C, self.heads, self.dropout = config.width, config.heads, config.dropout
         self.c_attn, self.c_proj = Conv1D(C, 3 * C), Conv1D(C, C)
 
-    def forward(self, x: Tensor, past: list | None) -> Tensor:
-        first = not past
+    def forward(self, x: Tensor, past: list | None, mask: Tensor | None) -> Tensor:
+        causal = not past and mask is None
         q, k, v = (split_heads(part, self.heads) for part in self.c_attn(x).chunk(3, dim=-1))
-        y = F.scaled_dot_product_attention(q, *remember(past, k, v), is_causal=first,
+        y = F.scaled_dot_product_attention(q, *remember(past, k, v), mask, is_causal=causal,
                                            dropout_p=self.dropout if self.training else 0.0)
         return F.dropout(self.c_proj(y.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
@@ -521,8 +533,8 @@ class GPT2Block(nn.Module):
         self.ln_1, self.ln_2 = (nn.LayerNorm(config.width, config.norm_eps) for _ in range(2))
         self.attn, self.mlp = GPT2Attention(config), GPT2MLP(config)
 
-    def forward(self, x: Tensor, past: list | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), past)
+    def forward(self, x: Tensor, past: list | None, mask: Tensor | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), past, mask)
         return x + self.mlp(self.ln_2(x))
 
 class GPT2(nn.Module):
@@ -544,13 +556,14 @@ class GPT2(nn.Module):
         """(V, C): the logits are hidden states times its transpose."""
         return self.wte.weight if self.lm_head is None else self.lm_head.weight
 
-    def hidden(self, ids: Tensor, cache: list | None = None) -> Tensor:
-        """(B, T) -> (B, T, C). A cache, a list a block, makes ids go on from earlier calls."""
+    def hidden(self, ids: Tensor, cache: list | None = None, tree: Tree | None = None) -> Tensor:
+        """(B, T) -> (B, T, C). Cache and tree are as Llama's."""
         start = count_past(cache)
-        x = self.wte(ids) + self.wpe(torch.arange(start, start + ids.shape[1], device=ids.device))
+        place = torch.arange(start, start + ids.shape[1], device=ids.device)
+        x = self.wte(ids) + self.wpe(tree.depth if tree else place)
         x = F.dropout(x, self.config.dropout, self.training)
         for block, past in zip(self.h, cache or [None] * self.config.layers):
-            x = block(x, past)
+            x = block(x, past, tree and tree.mask)
         return self.ln_f(x)
 
 Model = Llama | GPT2
@@ -882,13 +895,20 @@ class FusedLoss(torch.autograd.Function):
         ctx.spent = True
         return *(x if x is None else x.mul_(d_loss) for x in ctx.saved_tensors), *[None] * 6
 
-def token_log_probabilities(hidden: Tensor, head: Tensor, targets: Tensor, chunk: int) -> Tensor:
-    """log softmax(hidden head^T)[target] for each row: (N, C), (V, C), (N,) -> (N,)."""
-    scores = torch.empty_like(targets, dtype=hidden.dtype)
-    for i in range(0, len(hidden), chunk):
-        logits = hidden[i:i + chunk] @ head.T                                           # (n, V)
-        chosen = logits.gather(1, targets[i:i + chunk, None])[:, 0]
-        scores[i:i + chunk] = chosen - logits.logsumexp(-1)
+@torch.no_grad()
+def token_log_probabilities(hidden: Tensor, head: Tensor, rows: Tensor, targets: Tensor,
+                            chunk: int) -> Tensor:
+    """log softmax(hidden[row] head^T)[target] for each of E rows and targets, rows in rising order:
+    (N, C), (V, C), (E,), (E,) -> (E,). A row may be asked for several targets, or none."""
+    N, V, scores = len(hidden), len(head), torch.empty_like(targets, dtype=hidden.dtype)
+    room = hidden.new_empty(min(N, chunk), V)
+    block = chunk if hidden.is_cuda else max(1, CACHE * torch.get_num_threads() // V)
+    edges = torch.searchsorted(rows, torch.arange(0, N + chunk, chunk, device=rows.device)).tolist()
+    for i, (first, last) in zip(range(0, N, chunk), itertools.pairwise(edges)):
+        logits = torch.mm(hidden[i:i + chunk], head.T, out=room[:min(chunk, N - i)])    # (n, V)
+        level = torch.cat([some.logsumexp(-1) for some in logits.split(block)])
+        here = rows[first:last] - i
+        scores[first:last] = logits[here, targets[first:last]] - level[here]
     return scores
 
 class Coach:
@@ -1174,8 +1194,9 @@ def held_out_loss(model: Model, ids: np.ndarray, settings: Settings) -> float | 
     for i in range(0, len(starts), settings.batch_size):
         window = ids[starts[i:i + settings.batch_size, None] + np.arange(T + 1)].astype(np.int64)
         window = torch.from_numpy(window).to(model.head.device)
-        scores = token_log_probabilities(model.hidden(window[:, :-1]).flatten(0, 1), model.head,
-                                         window[:, 1:].flatten(), settings.chunk)
+        hidden, targets = model.hidden(window[:, :-1]).flatten(0, 1), window[:, 1:].flatten()
+        rows = torch.arange(len(hidden), device=hidden.device)
+        scores = token_log_probabilities(hidden, model.head, rows, targets, settings.chunk)
         total -= scores.sum(dtype=torch.float64).item()
     model.train(was_training)
     return total / (len(starts) * T) if len(starts) else None
@@ -1302,20 +1323,24 @@ def sampled_corpus(teacher: Run, corpus: Corpus, settings: Settings, runs: Path)
 #
 # two sentences that differ in one point of grammar: is the good one the likelier?
 #
-# The rule is the BabyLM 2024 pipeline's: a sentence is scored after the prefix token and with a
-# leading space; its score is the sum over all its tokens; a tie counts for the good sentence.
+# The rule is the BabyLM 2024 pipeline's and lm-evaluation-harness's: the score of a text is the sum
+# of the log-probabilities of its tokens given what stands before, the prefix token if nothing does;
+# a sentence has a leading space; a tie counts for the good sentence.
 
 class Pair(NamedTuple):
-    """One line of a BLiMP file."""
-    good: str
-    bad: str
+    """One line of a file of minimal pairs."""
+    good: tuple[str, str]           # what is given, and what is scored after it
+    bad: tuple[str, str]
     paradigm: str
     phenomenon: str
+    place: str                      # the file and the line
 
-def default_pairs() -> Path:
-    """BLiMP if it has been put into data/blimp, else the small set that comes with this file."""
-    blimp = HOME / "data/blimp"
-    return blimp if any(blimp.glob("*.jsonl")) else HOME / "data/tiny/blimp"
+SUITES = ("blimp", "supplement", "ewok")
+
+def default_pairs(suite: str = "blimp") -> Path:
+    """Where a suite is if it has been put there; for BLiMP else the small set of this project."""
+    folder = HOME / "data" / suite
+    return folder if any(folder.glob("*.jsonl")) or suite != "blimp" else HOME / "data/tiny/blimp"
 
 def group_by(items, key) -> dict[str, list]:
     """Items by key, in the order of first appearance."""
@@ -1324,119 +1349,325 @@ def group_by(items, key) -> dict[str, list]:
         groups.setdefault(key(item), []).append(item)
     return groups
 
-def read_pairs(folder: Path, sample: int = 0) -> list[Pair]:
+def read_pair(line: bytes, path: Path, number: int, contexts: bool) -> Pair:
+    """A line of BLiMP's kind (two sentences) or of EWoK's (two contexts, two targets).
+
+    EWoK's second target is the bad text, or, with `contexts`, its second context is what the bad
+    one is given. Error: neither kind; the line is not shown, for EWoK's is not to be spread."""
+    place = f"{path}, line {number}"
+    try:
+        item = json.loads(line)
+        if "Target1" in item:
+            given, other, *targets = (item[key] for key in
+                                      ("Context1", "Context2", "Target1", "Target2"))
+            good = (given, " " + targets[0])
+            bad = (other, good[1]) if contexts else (given, " " + targets[1])
+            paradigm = term = str(item.get("Domain", path.stem))
+        else:
+            good, bad = (("", " " + item[key]) for key in ("sentence_good", "sentence_bad"))
+            paradigm = str(item.get("UID", path.stem))
+            term = str(item.get("linguistics_term", paradigm))
+        "".join(good + bad).encode()            # fails where one is no string, or half of one
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise click.ClickException(
+            f"{place}: expected a JSON object with strings sentence_good and sentence_bad, or "
+            "Context1, Context2, Target1 and Target2.")
+    # BLiMP's paper counts its two s-selection paradigms under argument structure.
+    return Pair(good, bad, paradigm, term.replace("s-selection", "argument_structure"), place)
+
+def is_filtered_out(pair: Pair, rare: set[str]) -> bool:
+    """Whether BabyLM's filtered BLiMP lacks the pair, for a word that its text hardly has."""
+    text = (pair.good[1] + " " + pair.bad[1]).lower()
+    return not rare.isdisjoint(re.findall(r"[a-z]+(?:-[a-z]+)*", text))
+
+def read_pairs(folder: Path, sample: int = 0, filtered: bool = False,
+               contexts: bool = False) -> list[Pair]:
     """The pairs in a folder's *.jsonl, or about `sample` of them, the same share of each paradigm.
 
-    Error: no such folder or file, a line without sentence_good and sentence_bad."""
-    paths, pairs = sorted(folder.glob("*.jsonl")), []
+    Error: no such folder or file, a line that is no pair."""
+    paths = sorted(folder.glob("*.jsonl"))
     need(paths, f"{folder} holds no *.jsonl: expected a folder of minimal pairs.")
-    for path in paths:
-        for number, line in enumerate(path.read_bytes().splitlines(), 1):
-            try:
-                item = json.loads(line)
-                paradigm = str(item.get("UID", path.stem))
-                term = str(item.get("linguistics_term", paradigm))
-                # BLiMP's paper counts its two s-selection paradigms under argument structure.
-                pair = Pair(item["sentence_good"], item["sentence_bad"], paradigm,
-                            term.replace("s-selection", "argument_structure"))
-                "".join(pair).encode()              # fails where one is no string, or half of one
-            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-                raise click.ClickException(
-                    f"{path}, line {number}: expected a JSON object with strings sentence_good and "
-                    f"sentence_bad, found {line[:60]!r}.")
-            pairs.append(pair)
-    need(pairs, f"{folder}: its *.jsonl are empty: expected minimal pairs.")
+    pairs = [read_pair(line, path, number, contexts) for path in paths
+             for number, line in enumerate(path.read_bytes().splitlines(), 1)]
+    if filtered:
+        rare = set((HOME / "data/blimp_rare_words.txt").read_text().split())
+        pairs = [pair for pair in pairs if not is_filtered_out(pair, rare)]
+    need(pairs, f"{folder}: no pair is left of its *.jsonl: expected minimal pairs.")
     share = min(1.0, sample / len(pairs)) if sample else 1.0
     groups, draw = group_by(pairs, lambda pair: pair.paradigm), np.random.default_rng(0)
     return [group[i] for group in groups.values()
             for i in sorted(draw.permutation(len(group))[:max(1, round(share * len(group)))])]
 
-def encode_sentences(vocabulary: Vocabulary, sentences: list[str],
-                     positions: int) -> list[list[int]]:
-    """The ids of each sentence after the prefix token. Error: one is too long for the model."""
-    lines = vocabulary.tokenizer.encode_batch([" " + text for text in sentences],
-                                              add_special_tokens=False)
-    for line, text in zip(lines, sentences):
-        need(len(line.ids) <= positions, f"{text[:60]!r} of the pairs has {len(line.ids)} tokens: "
-             f"expected at most the model's {positions} positions (--positions, or other --pairs).")
-    return [[vocabulary.prefix_id, *line.ids] for line in lines]
+def encode_pairs(vocabulary: Vocabulary, pairs: list[Pair],
+                 positions: int) -> dict[tuple[str, str], tuple[list[int], int]]:
+    """For each distinct text of the pairs its ids and the number of them that are given.
 
-TOKENS_AT_ONCE = 2048       # in a batch of sentences: larger ones fall out of a processor's cache
+    Spaces at the end of what is given go to what is scored, and both are encoded as one, as
+    lm-evaluation-harness does it. Error: a text with no token, or too long for the model."""
+    texts = {text: pair.place for pair in reversed(pairs) for text in pair[:2]}
+    split = [(given.rstrip(), given[len(given.rstrip()):] + scored) for given, scored in texts]
+    encoded = [[line.ids for line in vocabulary.tokenizer.encode_batch_fast(
+        some, add_special_tokens=False)] for some in ([a + b for a, b in split],
+                                                      [a for a, _ in split])]
+    lines = {}
+    for (text, place), ids, given in zip(texts.items(), *encoded):
+        ids, known = (ids, len(given)) if text[0] else ([vocabulary.prefix_id, *ids], 1)
+        need(0 < known < len(ids), f"{place}: nothing is left of a text when it is encoded: "
+             "expected at least one token to score, and one before it.")
+        need(len(ids) - 1 <= positions, f"{place}: a text has {len(ids) - 1} tokens: expected at "
+             f"most the model's {positions} positions (--positions, or other pairs).")
+        lines[text] = ids, known
+    return lines
 
-@torch.no_grad()
-def score_sentences(model: Model, vocabulary: Vocabulary, sentences: list[str],
-                    name: str) -> np.ndarray:
-    """The log-probability of each sentence in nats, summed in float64: (sentences,).
+class Trie:
+    """Sequences of ids that begin alike, as one tree: a row for the model, with no id twice.
 
-    Equal sentences are scored once, so that they tie. Sentences of like length share a batch,
-    filled up on the right with token 0, which no position before it can see."""
-    unique, totals = list(dict.fromkeys(sentences)), {}
-    ids = encode_sentences(vocabulary, unique, model.config.positions)
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    with tqdm(total=len(ids), desc=name, unit=" sentences", leave=False) as bar:
-        while order:                                                # the longest first
-            length = len(ids[order[-1]])
-            rows = max(1, TOKENS_AT_ONCE // length)
-            batch, order = order[-rows:], order[:-rows]
-            window = torch.tensor([ids[i] + [0] * (length - len(ids[i])) for i in batch],
-                                  device=model.head.device)                         # (B, T + 1)
-            scores = token_log_probabilities(model.hidden(window[:, :-1]).flatten(0, 1),
-                                             model.head, window[:, 1:].flatten(), TOKENS_AT_ONCE)
-            for i, row in zip(batch, scores.double().cpu().view(len(batch), -1)):
-                totals[unique[i]] = row[:len(ids[i]) - 1].sum().item()
-            bar.update(len(batch))
-    need(np.isfinite(list(totals.values())).all(), "the model's scores are not finite numbers: its "
-         "weights are ruined, perhaps by too high a learning rate.")
-    return np.array([totals[text] for text in sentences])
+    Nodes are in the order in which a sorted list of the sequences reaches them, so what hangs under
+    node i is i + 1 to end[i] - 1. The last id of a sequence is only ever predicted: no node.
+
+        <s> A dog  ran           node   <s> A dog cat          a sequence's edges, (node, next id):
+        <s> A dog  barked        depth   0  1  2   3           (<s>, A) (A, dog) (dog, ran) ...
+        <s> A cat  ran           end     4  4  3   4"""
+
+    def __init__(self):
+        self.ids, self.depth, self.end, self.path = [], [], [], []      # path: to the newest node
+        self.edges, self.sequences = {}, {}     # edge: its number; a sequence's key: its edges
+
+    def shared(self, ids: list[int]) -> int:
+        """How many ids a sequence has in common with the newest path."""
+        pairs = zip(ids[:-1], self.path)
+        return next((i for i, (a, node) in enumerate(pairs) if a != self.ids[node]),
+                    min(len(ids) - 1, len(self.path)))
+
+    def add(self, key, ids: list[int], known: int) -> None:
+        """Hang in a sequence, of which the first `known` ids are given and not scored."""
+        start = self.shared(ids)
+        del self.path[start:]
+        for depth in range(start, len(ids) - 1):
+            self.path.append(len(self.ids))
+            self.ids.append(ids[depth])
+            self.depth.append(depth)
+            self.end.append(0)
+        for node in self.path:
+            self.end[node] = len(self.ids)
+        edges = zip(self.path[known - 1:], ids[known:])
+        self.sequences[key] = [self.edges.setdefault(edge, len(self.edges)) for edge in edges]
+
+NODES = 128         # in a row: a longer one shares more beginnings, but its attention costs more
+
+def plant(lines: dict) -> list[Trie]:
+    """The sequences of encode_pairs as tries of NODES or, where one text has more, of that one."""
+    tries = [Trie()]
+    for text, (ids, known) in sorted(lines.items(), key=lambda line: line[1]):
+        new = len(ids) - 1 - tries[-1].shared(ids)
+        if len(tries[-1].ids) + new > NODES and tries[-1].ids:
+            tries.append(Trie())
+        tries[-1].add(text, ids, known)
+    return tries
+
+def score_tries(model: Model, tries: list[Trie]) -> list[np.ndarray]:
+    """The log-probability of each edge of each trie: all tries at once, a row each."""
+    device, counts = model.head.device, [len(trie.ids) for trie in tries]
+    T = max(counts)
+    ids, depth, end = (torch.tensor([part + list(fill)[len(part):] for part in parts])
+                       for parts, fill in (([trie.ids for trie in tries], [0] * T),
+                                           ([trie.depth for trie in tries], [0] * T),
+                                           ([trie.end for trie in tries], range(1, T + 1))))
+    node = torch.arange(T)
+    sees = (node <= node[:, None]) & (node[:, None] < end[:, None])                     # (B, T, T)
+    mask = torch.zeros(sees.shape).masked_fill_(~sees, -math.inf)[:, None]
+    tree = Tree(depth.to(device), mask.to(device, model.head.dtype))
+    real = torch.cat([i * T + torch.arange(count) for i, count in enumerate(counts)])
+    hidden = model.hidden(ids.to(device), tree=tree).flatten(0, 1)[real.to(device)]     # (N, C)
+    first = [0, *itertools.accumulate(counts)]
+    rows = torch.tensor([first[i] + row for i, trie in enumerate(tries) for row, _ in trie.edges])
+    targets = torch.tensor([target for trie in tries for _, target in trie.edges])
+    rows, order = rows.sort(stable=True)
+    scores = np.empty(len(rows))
+    scores[order.numpy()] = token_log_probabilities(
+        hidden, model.head, rows.to(device), targets[order].to(device), 256).double().cpu().numpy()
+    return np.split(scores, np.cumsum([len(trie.edges) for trie in tries])[:-1])
+
+@torch.inference_mode()
+def score_pairs(model: Model, vocabulary: Vocabulary, pairs: list[Pair], name: str) -> np.ndarray:
+    """The log-probabilities of the good and the bad texts in nats: (pairs, 2), summed in float64.
+
+    Equal texts are scored once, so that they tie, and so are all beginnings that texts share."""
+    lines, totals = encode_pairs(vocabulary, pairs, model.config.positions), {}
+    tries = sorted(plant(lines), key=lambda trie: len(trie.ids))
+    at_once = 2**15 if model.head.is_cuda else 1024     # more falls out of a processor's cache
+    with tqdm(total=len(lines), desc=name, unit=" texts", leave=False) as bar:
+        while tries:                                                    # the longest first
+            rows = max(1, at_once // len(tries[-1].ids))
+            batch, tries = tries[-rows:], tries[:-rows]
+            for trie, scores in zip(batch, score_tries(model, batch)):
+                for text, edges in trie.sequences.items():
+                    totals[text] = scores[edges].sum()
+                bar.update(len(trie.sequences))
+    return np.array([[totals[pair.good], totals[pair.bad]] for pair in pairs])
+
+def judge(scores: np.ndarray, tie: float = 1.0) -> np.ndarray:
+    """What each pair counts: 1 if the good text is the likelier one, `tie` if both are alike, else,
+    or if a score is no number, 0. (pairs, 2) -> (pairs,)"""
+    good, bad = scores.T
+    return np.where(good == bad, tie, good > bad)
 
 def mean_row(rows: list[dict]) -> dict:
     """The unweighted mean of accuracies, with its standard error: the errors' root sum of squares
     over their number."""
     return {"accuracy": float(np.mean([row["accuracy"] for row in rows])),
             "stderr": math.hypot(*(row["stderr"] for row in rows)) / len(rows),
-            "n": sum(row["n"] for row in rows), "ties": sum(row["ties"] for row in rows)}
+            **{key: sum(row[key] for row in rows) for key in ("n", "ties", "not_finite")}}
 
-def score_pairs(model: Model, vocabulary: Vocabulary, pairs: list[Pair], name: str) -> dict:
-    """Accuracy overall, by phenomenon and by paradigm, with standard error, n and ties.
+def summarise(pairs: list[Pair], scores: np.ndarray, tie: float = 1.0) -> dict:
+    """Accuracy overall, by phenomenon and by paradigm, with standard error, n, ties, not_finite.
 
     "accuracy" is the unweighted mean of the paradigms, as in BabyLM and lm-evaluation-harness; a
     phenomenon is the mean of its paradigms. A paradigm's standard error divides by n - 1."""
-    scores = score_sentences(model, vocabulary, [text for pair in pairs for text in pair[:2]], name)
-    margins, paradigms = scores[::2] - scores[1::2], {}
+    right, paradigms = judge(scores, tie), {}
     for uid, members in group_by(range(len(pairs)), lambda i: pairs[i].paradigm).items():
-        n, accuracy = len(members), float(np.mean(margins[members] >= 0))
+        n, accuracy, own = len(members), float(np.mean(right[members])), scores[members]
         paradigms[uid] = {"phenomenon": pairs[members[0]].phenomenon, "accuracy": accuracy, "n": n,
-                          "stderr": math.sqrt(accuracy * (1 - accuracy) / max(1, n - 1)),
-                          "ties": int(np.sum(margins[members] == 0))}
+                          "stderr": float(np.std(right[members]) / math.sqrt(max(1, n - 1))),
+                          "ties": int(np.sum(own[:, 0] == own[:, 1])),
+                          "not_finite": int(np.sum(~np.isfinite(own).all(1)))}
     phenomena = group_by(paradigms.values(), lambda row: row["phenomenon"])
     return {**mean_row(list(paradigms.values())), "paradigms": paradigms,
-            "phenomena": {term: mean_row(rows) for term, rows in sorted(phenomena.items())},
-            "prefix_token": vocabulary.tokenizer.id_to_token(vocabulary.prefix_id)}
+            "phenomena": {term: mean_row(rows) for term, rows in sorted(phenomena.items())}}
 
-def pairs_table(results: dict[str, dict], paradigms: bool) -> str:
-    """The scores of models on the same pairs, side by side, in percent."""
-    columns = list(results.values())
-    first = columns[0]
-    lines = [("accuracy and standard error, in %", "n", [f"{name:>14}" for name in results])]
+def evaluate(model: Model, vocabulary: Vocabulary, pairs: list[Pair], name: str,
+             tie: float = 1.0) -> tuple[dict, np.ndarray]:
+    """The summary of a model's scores on pairs, and the scores. Many ties, and any score that is no
+    number, are said on stderr. Error: no pair has two that are."""
+    scores = score_pairs(model, vocabulary, pairs, name)
+    result = summarise(pairs, scores, tie)
+    need(result["not_finite"] < result["n"], "the model's scores are not finite numbers: its "
+         "weights are ruined, perhaps by too high a learning rate.")
+    for count, few, what in ((result["ties"], 0.01 * result["n"], "have two equal scores"),
+                             (result["not_finite"], 0, "have a score that is no finite number")):
+        if count > few:
+            click.echo(f"Warning: {count:,} of {result['n']:,} pairs {what}: has this model been "
+                       "trained, and was nothing ruined?", err=True)
+    return result, scores
 
-    def add(label: str, rows: list[dict]) -> None:
+def keep_scores(folder: Path, suite: str, pairs: list[Pair], scores: np.ndarray,
+                tie: float = 1.0) -> None:
+    """Write a model's scores to SUITE.jsonl in its folder: a line that says of what, then a line a
+    pair. No text is in it, for EWoK's is not to be spread."""
+    text = json.dumps([[*pair.good, *pair.bad, pair.paradigm, pair.phenomenon] for pair in pairs])
+    weights = [file_digest(path) for path in sorted(folder.glob("*.safetensors"))]
+    lines = [{"pairs": digest(text.encode()), "tie": tie, "weights": weights}] + [
+        {"phenomenon": pair.phenomenon, "paradigm": pair.paradigm,
+         "line": int(pair.place.split()[-1]), "good": good, "bad": bad}
+        for pair, (good, bad) in zip(pairs, scores.tolist())]
+    with written_whole(folder / f"{suite}.jsonl") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+
+def read_published(suite: str) -> dict[str, dict[str, str]]:
+    """The paper's Tables 2 and 3 for a suite, in percent: by row, "mean" among them, by model."""
+    with open(HOME / "data/paper.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.pop("suite") == suite]
+    return {row.pop("row"): row for row in rows}
+
+def pairs_table(results: dict[str, dict], paradigms: bool, published: dict | None = None) -> str:
+    """The scores of models on the same pairs, side by side, in percent, with the paper's behind."""
+    columns, published = list(results.values()), published or {}
+    first, models = columns[0], list(published.get("mean", ()))
+    lines = [("accuracy and standard error, in %", "n", [
+        *(f"{name:>14}" for name in results), *(f"{model:>10}" for model in models)])]
+
+    def add(label: str, rows: list[dict], theirs: str = "") -> None:
         cells = [f"{100 * row['accuracy']:7.1f} ± {100 * row['stderr']:4.1f}" for row in rows]
+        cells += [f"{published.get(theirs, {}).get(model, ''):>10}" for model in models]
         lines.append((label, f"{rows[0]['n']:,}", cells))
 
     for term in first["phenomena"]:
-        add(term, [column["phenomena"][term] for column in columns])
+        add(term, [column["phenomena"][term] for column in columns], term)
         members = [uid for uid, row in first["paradigms"].items() if row["phenomenon"] == term]
         for uid in members if paradigms and members != [term] else []:
             add("  " + uid, [column["paradigms"][uid] for column in columns])
-    add(f"mean of {len(first['paradigms'])} paradigms", columns)
+    add(f"mean of {len(first['paradigms'])} paradigms", columns, "mean")
     lines.append(("ties, given to the good sentence", "", [f"{c['ties']:>14,}" for c in columns]))
     width = max(len(label) for label, _, _ in lines)
-    return "\n".join(f"{label:<{width}} {n:>7}  {'  '.join(cells)}" for label, n, cells in lines)
+    return "\n".join(f"{label:<{width}} {n:>7}  {'  '.join(cells)}".rstrip()
+                     for label, n, cells in lines)
+
+class Judged(NamedTuple):
+    """The pairs of a suite as a model did on them."""
+    facts: dict                     # what was scored: the first line of the file of scores
+    names: list[tuple[str, str]]    # phenomenon and paradigm of each pair
+    right: np.ndarray               # (pairs,), what each counts
+
+def read_scores(folder: Path, suite: str) -> Judged:
+    """What keep_scores left in a folder. Error: nothing, or of other weights than are there."""
+    path, again = folder / f"{suite}.jsonl", f"run eval-blimp --suite {suite} --model {folder}."
+    need(folder.is_dir(), f"{folder} is not a folder: expected one that holds a model.")
+    need(path.exists(), f"{path} is missing: expected the scores of single pairs: {again}")
+    try:
+        facts, *lines = map(json.loads, path.read_bytes().splitlines())
+        names = [(str(line["phenomenon"]), str(line["paradigm"])) for line in lines]
+        scores = np.array([[line["good"], line["bad"]] for line in lines], np.float64)
+        right, weights = judge(scores.reshape(-1, 2), float(facts["tie"])), facts["weights"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise click.ClickException(f"{path} is damaged: expected one JSON object a line: {again}")
+    need(names, f"{path} holds no pairs: {again}")
+    need([file_digest(path) for path in sorted(folder.glob("*.safetensors"))] == weights,
+         f"{path} is of other weights than are in {folder}: {again}")
+    return Judged(facts, names, right)
+
+def mcnemar(gained: int, lost: int) -> float:
+    """The exact two-sided McNemar test: how often a fair coin splits the pairs that only one model
+    gets right at least as unevenly (McNemar 1947)."""
+    coin = torch.distributions.Binomial(gained + lost, torch.tensor(0.5, dtype=torch.float64))
+    tail = coin.log_prob(torch.arange(min(gained, lost) + 1, dtype=torch.float64)).logsumexp(0)
+    return min(1.0, 2 * tail.exp().item())
+
+def confidence_interval(differences: list[np.ndarray], resamples: int,
+                        seed: int) -> tuple[float, float]:
+    """A 95 % interval for the mean over paradigms of the mean difference within each.
+
+    Pairs of one paradigm are alike, so what was seen might have been otherwise in two ways: other
+    paradigms (drawn again, with replacement), and other pairs within each (drawn again, too). Few
+    paradigms vary less than what they were drawn from: the spread is stretched by Student's t,
+    sqrt(P / (P - 1)) t / 1.96, and of two or three paradigms rather too wide than too short. One
+    alone can be asked for its pairs only."""
+    P, draw = len(differences), np.random.default_rng(seed)
+    means, chosen = np.empty((resamples, P)), draw.integers(P, size=(resamples, P))
+    for i, difference in enumerate(differences):
+        values, counts = np.unique(difference, return_counts=True)
+        n, here = len(difference), chosen == i
+        means[here] = draw.multinomial(n, counts / n, here.sum()) @ values / n
+    center, stretch = np.mean([np.mean(difference) for difference in differences]), 1.0
+    if P > 1:
+        t = np.quantile(np.abs(draw.standard_t(P - 1, 10**6)), 0.95)
+        stretch = math.sqrt(P / (P - 1)) * t / 1.96
+    spread = np.quantile(means.mean(1) - center, (0.025, 0.975)) * stretch
+    return tuple(np.clip(center + spread, -1, 1).tolist())
+
+def compare_scores(first: Judged, other: Judged, resamples: int, seed: int) -> list[dict]:
+    """How the second model differs from the first, by phenomenon and over all, on the same pairs.
+
+    The rule: "better" or "worse" if the 95 % interval of the difference leaves 0 out, else "not
+    distinguishable". McNemar's p takes pairs for independent, which they are not: it is smaller."""
+    rows, members = [], group_by(range(len(first.names)), lambda i: first.names[i][0])
+    for term, chosen in [*sorted(members.items()), ("all", range(len(first.names)))]:
+        groups = list(group_by(chosen, lambda i: first.names[i]).values())
+        gaps = [other.right[group] - first.right[group] for group in groups]
+        low, high = confidence_interval(gaps, resamples, seed)
+        gap = np.concatenate(gaps)
+        rows.append({
+            "phenomenon": term, "paradigms": len(groups), "n": len(gap),
+            **{name: float(np.mean([np.mean(each.right[group]) for group in groups]))
+               for name, each in (("first", first), ("other", other))},
+            "difference": float(np.mean([np.mean(each) for each in gaps])), "low": low,
+            "high": high, "p": mcnemar(int(np.sum(gap > 0)), int(np.sum(gap < 0))),
+            "verdict": "better" if low > 0 else "worse" if high < 0 else "not distinguishable"})
+    return rows
 
 # -----------------------------------------------------------------------------
 # 10. The command line
 #
-# defaults < the config's TOML < flags  ->  settings  ->  train, eval-blimp
+# defaults < the config's TOML < flags  ->  settings  ->  train, eval-blimp, compare, bench
 
 KNOWN = {field.name: field for field in fields(Settings)}
 
@@ -1558,8 +1789,12 @@ def describe_plan(run: Run, corpus: Corpus) -> str:
 
 def report(runs: list[Run], corpus: Corpus, pairs: list[Pair]) -> None:
     """Print what the models have learnt, side by side, and where they lie."""
-    results = {run.name: score_pairs(run.model, corpus.vocabulary, pairs, f"scoring the {run.name}")
-               for run in runs}
+    results = {}
+    for run in runs:
+        results[run.name], scores = evaluate(run.model, corpus.vocabulary, pairs,
+                                             f"scoring the {run.name}")
+        if run.settings:
+            keep_scores(run.out, "blimp", pairs, scores)
     click.echo(pairs_table(results, paradigms=False) + "\n")
     for run in runs:
         loss = held_out_loss(run.model, corpus.dev, runs[-1].settings)
@@ -1649,12 +1884,11 @@ def train_command(config: Path, out: Path | None, folders: tuple[Path, ...], ove
     runs.append(Run("student" if runs else "model", out, settings))
     need(len({run.out.resolve() for run in runs}) == len(runs), "two models would lie in one "
          "folder: expected teachers of different settings, and --out to be neither.")
-    texts = [text for pair in pairs for text in pair[:2]]
     for run in runs:
         positions = (run.model.config if run.model else run.settings).positions
         need(settings.context <= positions, f"{run.name}: --context {settings.context} is longer "
              f"than what it takes, {positions}.")
-        encode_sentences(corpus.vocabulary, texts, positions)
+        encode_pairs(corpus.vocabulary, pairs, positions)
     for line in [f"text      {settings.text}: {len(corpus.train):,} tokens, {len(corpus.dev):,} "
                  f"held out, vocabulary {corpus.vocabulary.size:,}",
                  *(describe_plan(run, corpus) for run in runs)]:
@@ -1672,16 +1906,26 @@ def train_command(config: Path, out: Path | None, folders: tuple[Path, ...], ove
               help="A run, or any Hugging Face folder of a LLaMA or GPT-2.  [default: the newest "
                    "finished run in runs/]")
 @click.option("-d", "--data", type=click.Path(path_type=Path),
-              help="Folder of minimal pairs, *.jsonl as BLiMP's.  [default: data/blimp if it is "
-                   "there, else data/tiny/blimp]")
+              help="Folder of minimal pairs, *.jsonl as BLiMP's or EWoK's; for all suites, the "
+                   "folder that has one for each.  [default: in data/ by the suite's name; for "
+                   "BLiMP else data/tiny/blimp]")
+@click.option("--suite", type=click.Choice((*SUITES, "all")), default="blimp", show_default=True,
+              help="Which pairs: they decide nothing but the folder, and where scores are kept.")
+@click.option("--filtered", is_flag=True, help="Of BLiMP, the 59,875 pairs that BabyLM scores.")
+@click.option("--ewok-contexts", "contexts", is_flag=True,
+              help="Of EWoK, one target in two contexts, as its authors do; else BabyLM's rule.")
 @click.option("--sample", type=click.IntRange(0), default=0,
-              help="Score about this many pairs, a seeded draw; 0: all.")
+              help="Score about this many pairs of each suite, a seeded draw; 0: all.")
+@click.option("--paper", is_flag=True, help="Show what the paper's models have beside it.")
 @click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto",
               show_default=True, help="Where to compute.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object in place of the table.")
-def eval_blimp_command(folder: Path | None, data: Path | None, sample: int, device: str,
+def eval_blimp_command(folder: Path | None, data: Path | None, suite: str, filtered: bool,
+                       contexts: bool, sample: int, paper: bool, device: str,
                        as_json: bool) -> None:
     """Score a model on minimal pairs: how often is the good sentence the likelier one?
+
+    The scores of single pairs are kept in the model's folder, for `compare`.
 
     \b
     Example: python choobaca.py eval-blimp --model runs/tiny-rkl-1-seed0"""
@@ -1689,14 +1933,72 @@ def eval_blimp_command(folder: Path | None, data: Path | None, sample: int, devi
         finished = list(Path("runs").glob("*/model.safetensors"))
         need(finished, "no finished run in runs/: name a model with --model, or run train first.")
         folder = max(finished, key=lambda path: path.stat().st_mtime_ns).parent
-    data = data or default_pairs()
-    pairs = read_pairs(data, sample)
+    several = suite == "all"
+    folders = {name: data / name if data and several else data or default_pairs(name)
+               for name in (SUITES if several else [suite])}
+    for name in [name for name in folders if several and not any(folders[name].glob("*.jsonl"))]:
+        click.echo(f"{folders.pop(name)} holds no *.jsonl: {name} is left out.", err=True)
+    need(folders, f"{data} holds none of {', '.join(SUITES)}: expected folders of minimal pairs.")
+    pairs = {name: read_pairs(folders[name], sample, filtered and name == "blimp", contexts)
+             for name in folders}
     model, vocabulary = load_model(folder, choose_device(device))
-    result = {"model": str(folder), "data": str(data).removeprefix(f"{HOME}/")}
-    result |= score_pairs(model, vocabulary, pairs, "scoring")
-    table = pairs_table({"accuracy": result}, paradigms=True)
-    click.echo(json.dumps(result, indent=2) if as_json else
-               f"{folder} on {result['data']}\n\n{table}")
+    results, tables = {}, []
+    for name in folders:
+        given = pairs[name][0].good[0]
+        tie = 0.5 if contexts and given else 1.0                # as EWoK's authors have it
+        shown = str(folders[name]).removeprefix(f"{HOME}/")
+        result, scores = evaluate(model, vocabulary, pairs[name], f"scoring {name}", tie)
+        published = read_published(name) if paper else {}
+        results[name] = {"model": str(folder), "data": shown, "suite": name, **result,
+                         "prefix_token": None if given else
+                         vocabulary.tokenizer.id_to_token(vocabulary.prefix_id)}
+        table = pairs_table({"accuracy": result}, not several and not paper, published)
+        tables.append(f"{folder} on {shown}\n\n{table}")
+        try:
+            keep_scores(folder, name, pairs[name], scores, tie)
+        except OSError as error:
+            click.echo(f"The scores of single pairs are not kept: {error.filename}: "
+                       f"{error.strerror}.", err=True)
+    if as_json:
+        both = {"model": str(folder), "suites": results}
+        return click.echo(json.dumps(both if several else results[suite], indent=2))
+    click.echo("\n\n".join(tables) + "\nThe paper's rows and means come from different runs: no "
+               "mean of its BLiMP rows gives the one it prints." * paper)
+
+@cli.command("compare")
+@click.argument("first", type=click.Path(path_type=Path))
+@click.argument("others", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--suite", type=click.Choice(SUITES), default="blimp", show_default=True,
+              help="By which scores.")
+@click.option("--resamples", type=click.IntRange(100, 10**6), default=10_000, show_default=True,
+              help="Draws for an interval.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the draws.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list in place of the tables.")
+def compare_command(first: Path, others: tuple[Path, ...], suite: str, resamples: int, seed: int,
+                    as_json: bool) -> None:
+    """Say whether other models are better than the first on the pairs that eval-blimp scored.
+
+    \b
+    Example: python choobaca.py compare runs/tiny-ce-0-seed0 runs/tiny-rkl-1-seed0"""
+    base, found, tables = read_scores(first, suite), [], []
+    for folder in others:
+        judged = read_scores(folder, suite)
+        for fact, what in (("pairs", "pairs"), ("tie", "rule for ties")):
+            need(judged.facts[fact] == base.facts[fact], f"{folder} and {first} were scored on "
+                 f"other {suite} {what} ({len(judged.names):,} and {len(base.names):,} pairs): run "
+                 "eval-blimp for both with the same --data, --filtered and --sample.")
+        rows = compare_scores(base, judged, resamples, seed)
+        found.append({"first": str(first), "other": str(folder), "suite": suite, "rows": rows})
+        lines = [f"{folder} against {first}\n", f"{'accuracy in %':<27} {'n':>6}  first  other  "
+                 "difference, 95 % interval  McNemar's p  verdict"]
+        lines += [f"{row['phenomenon']:<27} {row['n']:>6,} {100 * row['first']:6.1f} "
+                  f"{100 * row['other']:6.1f}  {100 * row['difference']:+5.1f}  ("
+                  f"{100 * row['low']:+5.1f} to {100 * row['high']:+5.1f}) {row['p']:14.2g}  "
+                  f"{row['verdict']}" for row in rows]
+        tables.append("\n".join(lines))
+    rule = ("Better or worse: the 95 % interval, of paradigms and pairs drawn anew, leaves 0 out. "
+            "Of 13 such rows one in twenty does by chance.")
+    click.echo(json.dumps(found, indent=2) if as_json else "\n\n".join([*tables, rule]))
 
 def measure(step, leaves: tuple[Tensor, ...]) -> tuple[float, int | None]:
     """Seconds of a step, by the clock or CUDA's events, and the bytes that it holds at its peak
