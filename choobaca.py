@@ -1628,21 +1628,19 @@ def confidence_interval(differences: list[np.ndarray], resamples: int,
 
     Pairs of one paradigm are alike, so what was seen might have been otherwise in two ways: other
     paradigms (drawn again, with replacement), and other pairs within each (drawn again, too). Few
-    paradigms vary less than what they were drawn from: the spread is stretched by Student's t,
-    sqrt(P / (P - 1)) t / 1.96, and of two or three paradigms rather too wide than too short. One
-    alone can be asked for its pairs only."""
+    paradigms vary less than what they were drawn from: their part of the spread is stretched as
+    Student's t has it, by sqrt(P / (P - 1)) t / 1.96. Of a single one, only the pairs can vary."""
     P, draw = len(differences), np.random.default_rng(seed)
-    means, chosen = np.empty((resamples, P)), draw.integers(P, size=(resamples, P))
+    seen, chosen = np.array([*map(np.mean, differences)]), draw.integers(P, size=(resamples, P))
+    chance = np.empty((resamples, P))               # what other pairs add to a paradigm's mean
     for i, difference in enumerate(differences):
         values, counts = np.unique(difference, return_counts=True)
         n, here = len(difference), chosen == i
-        means[here] = draw.multinomial(n, counts / n, here.sum()) @ values / n
-    center, stretch = np.mean([np.mean(difference) for difference in differences]), 1.0
-    if P > 1:
-        t = np.quantile(np.abs(draw.standard_t(P - 1, 10**6)), 0.95)
-        stretch = math.sqrt(P / (P - 1)) * t / 1.96
-    spread = np.quantile(means.mean(1) - center, (0.025, 0.975)) * stretch
-    return tuple(np.clip(center + spread, -1, 1).tolist())
+        chance[here] = draw.multinomial(n, counts / n, here.sum()) @ values / n - seen[i]
+    t = np.quantile(np.abs(draw.standard_t(max(1, P - 1), 10**5)), 0.95)
+    stretch = math.sqrt(P / max(1, P - 1)) * t / 1.96
+    means = seen.mean() + stretch * (seen[chosen].mean(1) - seen.mean()) + chance.mean(1)
+    return tuple(np.clip(np.quantile(means, (0.025, 0.975)), -1, 1).tolist())
 
 def compare_scores(first: Judged, other: Judged, resamples: int, seed: int) -> list[dict]:
     """How the second model differs from the first, by phenomenon and over all, on the same pairs.
@@ -1661,7 +1659,8 @@ def compare_scores(first: Judged, other: Judged, resamples: int, seed: int) -> l
                for name, each in (("first", first), ("other", other))},
             "difference": float(np.mean([np.mean(each) for each in gaps])), "low": low,
             "high": high, "p": mcnemar(int(np.sum(gap > 0)), int(np.sum(gap < 0))),
-            "verdict": "better" if low > 0 else "worse" if high < 0 else "not distinguishable"})
+            "verdict": ("better" if low > 0 else "worse" if high < 0 else "not distinguishable")
+            + " on these pairs" * (len(groups) == 1)})
     return rows
 
 # -----------------------------------------------------------------------------

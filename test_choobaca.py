@@ -1338,7 +1338,7 @@ def test_mcnemar_is_a_fair_coin(gained, lost):
 @pytest.mark.parametrize("P, n", [(67, 100), (9, 300), (2, 300)])
 def test_an_interval_covers_what_is_true_as_often_as_it_says(P, n):
     """Paradigms differ in how much better the second model is there; the mean of all that might
-    have been drawn is known here. 95 % within the error of 400 trials; of two paradigms always."""
+    have been drawn is known here. 95 % within the error of 400 trials, or a little more."""
     draw, covered, widths = np.random.default_rng(0), 0, []
     for trial in range(400):
         effects = 0.03 + 0.08 * draw.standard_normal(P)
@@ -1348,7 +1348,7 @@ def test_an_interval_covers_what_is_true_as_often_as_it_says(P, n):
         low, high = c.confidence_interval(gaps, 300, trial)
         covered += low <= 0.03 <= high
         widths.append(high - low)
-    assert 0.92 <= covered / 400 <= (0.985 if P > 2 else 1), covered / 400
+    assert 0.92 <= covered / 400 <= 0.99, covered / 400
     assert P < 67 or np.mean(widths) < 0.06
 
 
@@ -1374,9 +1374,10 @@ def test_compare(tmp_path, vocabulary):
     assert math.isclose(whole["difference"], whole["other"] - whole["first"])
     assert whole["low"] < 0.3 < whole["high"] and whole["n"] == 2000 and whole["paradigms"] == 10
     assert "worse" in invoke("compare", good, guess).stdout
+    assert "+0.0 ( +0.0 to  +0.0)" in invoke("compare", good, good).stdout.replace("  (", " (")
     for other in (same, good):
-        text = invoke("compare", good, other).stdout
-        assert text.count("not distinguishable") == 3 and "95 % interval" in text
+        whole = invoke("compare", good, other).stdout.splitlines()[-3]
+        assert whole.startswith("all") and whole.endswith("not distinguishable")
     assert invoke("compare", guess, good).stdout == invoke("compare", guess, good).stdout
     c.keep_scores(Path(same), "blimp", pairs[1:], np.zeros((1999, 2)))
     assert "1,999 and 2,000 pairs" in invoke("compare", good, same, code=1).stderr
