@@ -809,14 +809,14 @@ def turn_into_gradient(settings, beta: float, room: Tensor, z: Tensor, targets: 
             gradient.add_(through, alpha=1 - beta)
         if kl_weight * tau != 1:                # tau^2, over the tau of d(z / tau)
             gradient.mul_(kl_weight * tau)
-        soft = torch.pow(q, tau, out=p)         # goes with softmax(tau z), for cross-entropy
+        soft = torch.mul(q, 1 / scale, out=p).pow_(tau)         # exp(tau (z - max z))
     else:
-        top, scale = q.amax(-1, True), q.new_ones(())
+        top = q.amax(-1, True)
         soft, value, gradient = q.sub_(top).exp_(), torch.zeros_like(top), q.new_zeros(())
     total = soft.sum(-1, True)
     soft.scatter_add_(1, targets, -total)
     torch.addcmul(gradient, soft, ce_weight / total, out=z)
-    return torch.cat([top, total.log_().sub_(scale.log_(), alpha=tau), value], 1)
+    return torch.cat([top, total.log_(), value], 1)
 
 def padded(x: Tensor, n: int, value: int = 0) -> Tensor:
     """The rows of x and, behind them, rows of a value up to n of them."""
@@ -1365,13 +1365,16 @@ def read_pair(line: bytes, path: Path, number: int, contexts: bool) -> Pair:
             paradigm = term = str(item.get("Domain", path.stem))
         else:
             good, bad = (("", " " + item[key]) for key in ("sentence_good", "sentence_bad"))
+            given = other = "nothing"
             paradigm = str(item.get("UID", path.stem))
             term = str(item.get("linguistics_term", paradigm))
         "".join(good + bad).encode()            # fails where one is no string, or half of one
+        if not all(text.strip() for text in (given, other, good[1], bad[1])):
+            raise ValueError("a text is empty")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise click.ClickException(
             f"{place}: expected a JSON object with strings sentence_good and sentence_bad, or "
-            "Context1, Context2, Target1 and Target2.")
+            "Context1, Context2, Target1 and Target2, none of them empty.")
     # BLiMP's paper counts its two s-selection paradigms under argument structure.
     return Pair(good, bad, paradigm, term.replace("s-selection", "argument_structure"), place)
 
@@ -1382,13 +1385,15 @@ def is_filtered_out(pair: Pair, rare: set[str]) -> bool:
 
 def read_pairs(folder: Path, sample: int = 0, filtered: bool = False,
                contexts: bool = False) -> list[Pair]:
-    """The pairs in a folder's *.jsonl, or about `sample` of them, the same share of each paradigm.
-
-    Error: no such folder or file, a line that is no pair."""
+    """The pairs in a folder's *.jsonl, or about `sample` of them, the same share of each paradigm
+    and one at least. Error: no such folder or file, a line that is no pair, two kinds of pairs."""
+    need(folder.is_dir(), f"{folder} is not a folder: expected one of minimal pairs, *.jsonl.")
     paths = sorted(folder.glob("*.jsonl"))
     need(paths, f"{folder} holds no *.jsonl: expected a folder of minimal pairs.")
     pairs = [read_pair(line, path, number, contexts) for path in paths
-             for number, line in enumerate(path.read_bytes().splitlines(), 1)]
+             for number, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()]
+    need(len({bool(pair.good[0]) for pair in pairs}) < 2, f"{folder} holds sentences and targets "
+         "after contexts: expected pairs of one kind.")
     if filtered:
         rare = set((HOME / "data/blimp_rare_words.txt").read_text().split())
         pairs = [pair for pair in pairs if not is_filtered_out(pair, rare)]
@@ -1508,9 +1513,9 @@ def score_pairs(model: Model, vocabulary: Vocabulary, pairs: list[Pair], name: s
 
 def judge(scores: np.ndarray, tie: float = 1.0) -> np.ndarray:
     """What each pair counts: 1 if the good text is the likelier one, `tie` if both are alike, else,
-    or if a score is no number, 0. (pairs, 2) -> (pairs,)"""
+    or if a score is no finite number, 0. (pairs, 2) -> (pairs,)"""
     good, bad = scores.T
-    return np.where(good == bad, tie, good > bad)
+    return np.where(good == bad, tie, good > bad) * np.isfinite(scores).all(1)
 
 def mean_row(rows: list[dict]) -> dict:
     """The unweighted mean of accuracies, with its standard error: the errors' root sum of squares
@@ -1532,7 +1537,7 @@ def summarise(pairs: list[Pair], scores: np.ndarray, tie: float = 1.0) -> dict:
                           "ties": int(np.sum(own[:, 0] == own[:, 1])),
                           "not_finite": int(np.sum(~np.isfinite(own).all(1)))}
     phenomena = group_by(paradigms.values(), lambda row: row["phenomenon"])
-    return {**mean_row(list(paradigms.values())), "paradigms": paradigms,
+    return {**mean_row(list(paradigms.values())), "tie": tie, "paradigms": paradigms,
             "phenomena": {term: mean_row(rows) for term, rows in sorted(phenomena.items())}}
 
 def evaluate(model: Model, vocabulary: Vocabulary, pairs: list[Pair], name: str,
@@ -1552,15 +1557,17 @@ def evaluate(model: Model, vocabulary: Vocabulary, pairs: list[Pair], name: str,
 
 def keep_scores(folder: Path, suite: str, pairs: list[Pair], scores: np.ndarray,
                 tie: float = 1.0) -> None:
-    """Write a model's scores to SUITE.jsonl in its folder: a line that says of what, then a line a
-    pair. No text is in it, for EWoK's is not to be spread."""
-    text = json.dumps([[*pair.good, *pair.bad, pair.paradigm, pair.phenomenon] for pair in pairs])
+    """Write a model's scores to its folder: a line that says of what, then a line a pair.
+
+    The file is named by the suite and a digest of the pairs, so that a sample does not replace the
+    whole. No text is in it, for EWoK's is not to be spread."""
+    text = json.dumps([tie, [[*pair.good, *pair.bad, *pair[2:4]] for pair in pairs]])
     weights = [file_digest(path) for path in sorted(folder.glob("*.safetensors"))]
-    lines = [{"pairs": digest(text.encode()), "tie": tie, "weights": weights}] + [
+    lines = [{"pairs": len(pairs), "tie": tie, "weights": weights}] + [
         {"phenomenon": pair.phenomenon, "paradigm": pair.paradigm,
          "line": int(pair.place.split()[-1]), "good": good, "bad": bad}
         for pair, (good, bad) in zip(pairs, scores.tolist())]
-    with written_whole(folder / f"{suite}.jsonl") as file:
+    with written_whole(folder / f"{suite}-{digest(text.encode())[:8]}.jsonl") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
 
 def read_published(suite: str) -> dict[str, dict[str, str]]:
@@ -1587,33 +1594,44 @@ def pairs_table(results: dict[str, dict], paradigms: bool, published: dict | Non
         for uid in members if paradigms and members != [term] else []:
             add("  " + uid, [column["paradigms"][uid] for column in columns])
     add(f"mean of {len(first['paradigms'])} paradigms", columns, "mean")
-    lines.append(("ties, given to the good sentence", "", [f"{c['ties']:>14,}" for c in columns]))
+    label = "given to the good sentence" if first["tie"] == 1 else "half a point each"
+    lines.append((f"ties, {label}", "", [f"{column['ties']:>14,}" for column in columns]))
     width = max(len(label) for label, _, _ in lines)
     return "\n".join(f"{label:<{width}} {n:>7}  {'  '.join(cells)}".rstrip()
                      for label, n, cells in lines)
 
 class Judged(NamedTuple):
-    """The pairs of a suite as a model did on them."""
-    facts: dict                     # what was scored: the first line of the file of scores
-    names: list[tuple[str, str]]    # phenomenon and paradigm of each pair
-    right: np.ndarray               # (pairs,), what each counts
+    """Pairs as a model did on them."""
+    names: list[tuple[str, str, int]]       # phenomenon, paradigm and line of each pair
+    right: np.ndarray                       # (pairs,), what each counts
 
-def read_scores(folder: Path, suite: str) -> Judged:
-    """What keep_scores left in a folder. Error: nothing, or of other weights than are there."""
-    path, again = folder / f"{suite}.jsonl", f"run eval-blimp --suite {suite} --model {folder}."
-    need(folder.is_dir(), f"{folder} is not a folder: expected one that holds a model.")
-    need(path.exists(), f"{path} is missing: expected the scores of single pairs: {again}")
+def common_scores(folders: list[Path], suite: str) -> str:
+    """The name of the longest file of a suite's scores that is in all folders. Error: none is."""
+    for folder in folders:
+        need(folder.is_dir(), f"{folder} is not a folder: expected one that holds a model.")
+    sizes = [{path.name: path.stat().st_size for path in folder.glob(f"{suite}-*.jsonl")}
+             for folder in folders]
+    common = set.intersection(*map(set, sizes))
+    need(common, f"{', '.join(map(str, folders))}: no same pairs of {suite} were scored for all: "
+         f"run eval-blimp --suite {suite} --model ... for each, with the same --data, --sample, "
+         "--filtered and --ewok-contexts.")
+    return max(common, key=lambda name: (sizes[0][name], name))
+
+def read_scores(path: Path) -> Judged:
+    """What keep_scores wrote. Error: damaged, or of other weights than lie beside it."""
+    again = "score the model again with eval-blimp."
     try:
         facts, *lines = map(json.loads, path.read_bytes().splitlines())
-        names = [(str(line["phenomenon"]), str(line["paradigm"])) for line in lines]
+        names = [(str(line["phenomenon"]), str(line["paradigm"]), line["line"]) for line in lines]
         scores = np.array([[line["good"], line["bad"]] for line in lines], np.float64)
         right, weights = judge(scores.reshape(-1, 2), float(facts["tie"])), facts["weights"]
+        sound = len(names) == facts["pairs"] > 0
     except (ValueError, TypeError, KeyError, RecursionError):
-        raise click.ClickException(f"{path} is damaged: expected one JSON object a line: {again}")
-    need(names, f"{path} holds no pairs: {again}")
-    need([file_digest(path) for path in sorted(folder.glob("*.safetensors"))] == weights,
-         f"{path} is of other weights than are in {folder}: {again}")
-    return Judged(facts, names, right)
+        sound = False
+    need(sound, f"{path} is damaged: expected one JSON object a line, and all of them: {again}")
+    found = [file_digest(shard) for shard in sorted(path.parent.glob("*.safetensors"))]
+    need(found == weights, f"{path} is of other weights than lie beside it: {again}")
+    return Judged(names, right)
 
 def mcnemar(gained: int, lost: int) -> float:
     """The exact two-sided McNemar test: how often a fair coin splits the pairs that only one model
@@ -1622,14 +1640,20 @@ def mcnemar(gained: int, lost: int) -> float:
     tail = coin.log_prob(torch.arange(min(gained, lost) + 1, dtype=torch.float64)).logsumexp(0)
     return min(1.0, 2 * tail.exp().item())
 
+@functools.lru_cache
+def student_t(df: int) -> float:
+    """The t between whose negative and itself 95 % of Student's distribution lie, of a million."""
+    return float(np.quantile(np.abs(np.random.default_rng(0).standard_t(df, 10**6)), 0.95))
+
 def confidence_interval(differences: list[np.ndarray], resamples: int,
                         seed: int) -> tuple[float, float]:
     """A 95 % interval for the mean over paradigms of the mean difference within each.
 
     Pairs of one paradigm are alike, so what was seen might have been otherwise in two ways: other
-    paradigms (drawn again, with replacement), and other pairs within each (drawn again, too). Few
-    paradigms vary less than what they were drawn from: their part of the spread is stretched as
-    Student's t has it, by sqrt(P / (P - 1)) t / 1.96. Of a single one, only the pairs can vary."""
+    paradigms (drawn again, with replacement), and other pairs within each (drawn again, too). The
+    paradigms' spread holds that of their pairs already, which is taken out of it; and few paradigms
+    vary less than what they came from, so it is stretched as Student's t has it, by
+    sqrt(P / (P - 1)) t / 1.96. Of a single paradigm, only the pairs can vary."""
     P, draw = len(differences), np.random.default_rng(seed)
     seen, chosen = np.array([*map(np.mean, differences)]), draw.integers(P, size=(resamples, P))
     chance = np.empty((resamples, P))               # what other pairs add to a paradigm's mean
@@ -1637,29 +1661,35 @@ def confidence_interval(differences: list[np.ndarray], resamples: int,
         values, counts = np.unique(difference, return_counts=True)
         n, here = len(difference), chosen == i
         chance[here] = draw.multinomial(n, counts / n, here.sum()) @ values / n - seen[i]
-    t = np.quantile(np.abs(draw.standard_t(max(1, P - 1), 10**5)), 0.95)
-    stretch = math.sqrt(P / max(1, P - 1)) * t / 1.96
+    stretch = 0.0
+    if P > 1 and seen.var() > 0:
+        within = np.mean([each.var() / max(1, len(each) - 1) for each in differences])
+        between = max(0, 1 - within / seen.var(ddof=1))
+        stretch = math.sqrt(between * P / (P - 1)) * student_t(P - 1) / 1.96
     means = seen.mean() + stretch * (seen[chosen].mean(1) - seen.mean()) + chance.mean(1)
     return tuple(np.clip(np.quantile(means, (0.025, 0.975)), -1, 1).tolist())
 
 def compare_scores(first: Judged, other: Judged, resamples: int, seed: int) -> list[dict]:
     """How the second model differs from the first, by phenomenon and over all, on the same pairs.
 
-    The rule: "better" or "worse" if the 95 % interval of the difference leaves 0 out, else "not
-    distinguishable". McNemar's p takes pairs for independent, which they are not: it is smaller."""
+    The rule: "better" or "worse" if the 95 % interval of the difference leaves 0 out and McNemar's
+    p is under 0.05, else "not distinguishable". McNemar's test takes pairs for independent, which
+    they are not, so it decides where there are few pairs, and the interval where there are many."""
     rows, members = [], group_by(range(len(first.names)), lambda i: first.names[i][0])
     for term, chosen in [*sorted(members.items()), ("all", range(len(first.names)))]:
-        groups = list(group_by(chosen, lambda i: first.names[i]).values())
+        groups = list(group_by(chosen, lambda i: first.names[i][:2]).values())
         gaps = [other.right[group] - first.right[group] for group in groups]
         low, high = confidence_interval(gaps, resamples, seed)
         gap = np.concatenate(gaps)
+        p = mcnemar(int(np.sum(gap > 0)), int(np.sum(gap < 0)))
+        better, worse = low > 0 and p < 0.05, high < 0 and p < 0.05
         rows.append({
             "phenomenon": term, "paradigms": len(groups), "n": len(gap),
             **{name: float(np.mean([np.mean(each.right[group]) for group in groups]))
                for name, each in (("first", first), ("other", other))},
-            "difference": float(np.mean([np.mean(each) for each in gaps])), "low": low,
-            "high": high, "p": mcnemar(int(np.sum(gap > 0)), int(np.sum(gap < 0))),
-            "verdict": ("better" if low > 0 else "worse" if high < 0 else "not distinguishable")
+            "difference": float(np.mean([np.mean(each) for each in gaps])),
+            "low": low, "high": high, "p": p,
+            "verdict": ("better" if better else "worse" if worse else "not distinguishable")
             + " on these pairs" * (len(groups) == 1)})
     return rows
 
@@ -1909,12 +1939,13 @@ def train_command(config: Path, out: Path | None, folders: tuple[Path, ...], ove
                    "folder that has one for each.  [default: in data/ by the suite's name; for "
                    "BLiMP else data/tiny/blimp]")
 @click.option("--suite", type=click.Choice((*SUITES, "all")), default="blimp", show_default=True,
-              help="Which pairs: they decide nothing but the folder, and where scores are kept.")
+              help="Which minimal pairs.")
 @click.option("--filtered", is_flag=True, help="Of BLiMP, the 59,875 pairs that BabyLM scores.")
 @click.option("--ewok-contexts", "contexts", is_flag=True,
               help="Of EWoK, one target in two contexts, as its authors do; else BabyLM's rule.")
 @click.option("--sample", type=click.IntRange(0), default=0,
-              help="Score about this many pairs of each suite, a seeded draw; 0: all.")
+              help="Score about this many pairs of each suite, a seeded draw, one at least of each "
+                   "paradigm; 0: all.")
 @click.option("--paper", is_flag=True, help="Show what the paper's models have beside it.")
 @click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto",
               show_default=True, help="Where to compute.")
@@ -1935,11 +1966,16 @@ def eval_blimp_command(folder: Path | None, data: Path | None, suite: str, filte
     several = suite == "all"
     folders = {name: data / name if data and several else data or default_pairs(name)
                for name in (SUITES if several else [suite])}
+    need(not data or data.is_dir(), f"{data} is not a folder: expected one of minimal pairs.")
     for name in [name for name in folders if several and not any(folders[name].glob("*.jsonl"))]:
         click.echo(f"{folders.pop(name)} holds no *.jsonl: {name} is left out.", err=True)
     need(folders, f"{data} holds none of {', '.join(SUITES)}: expected folders of minimal pairs.")
     pairs = {name: read_pairs(folders[name], sample, filtered and name == "blimp", contexts)
              for name in folders}
+    paradigms = {pair.paradigm for pair in pairs.get("blimp", ())}
+    if (paper or filtered) and len(paradigms) != 67:
+        click.echo(f"--paper and --filtered are about BLiMP's 67 paradigms: these are "
+                   f"{len(paradigms)}, of other pairs.", err=True)
     model, vocabulary = load_model(folder, choose_device(device))
     results, tables = {}, []
     for name in folders:
@@ -1979,24 +2015,24 @@ def compare_command(first: Path, others: tuple[Path, ...], suite: str, resamples
 
     \b
     Example: python choobaca.py compare runs/tiny-ce-0-seed0 runs/tiny-rkl-1-seed0"""
-    base, found, tables = read_scores(first, suite), [], []
+    name, found, tables = common_scores([first, *others], suite), [], []
+    base = read_scores(first / name)
     for folder in others:
-        judged = read_scores(folder, suite)
-        for fact, what in (("pairs", "pairs"), ("tie", "rule for ties")):
-            need(judged.facts[fact] == base.facts[fact], f"{folder} and {first} were scored on "
-                 f"other {suite} {what} ({len(judged.names):,} and {len(base.names):,} pairs): run "
-                 "eval-blimp for both with the same --data, --filtered and --sample.")
+        judged = read_scores(folder / name)
+        need(judged.names == base.names, f"{folder / name} and {first / name} name other pairs: "
+             "one of them is damaged: score the models again with eval-blimp.")
         rows = compare_scores(base, judged, resamples, seed)
-        found.append({"first": str(first), "other": str(folder), "suite": suite, "rows": rows})
+        found.append({"first": str(first), "other": str(folder), "scores": name, "rows": rows})
         lines = [f"{folder} against {first}\n", f"{'accuracy in %':<27} {'n':>6}  first  other  "
-                 "difference, 95 % interval  McNemar's p  verdict"]
+                 "difference, 95 % interval    McNemar's p  verdict"]
         lines += [f"{row['phenomenon']:<27} {row['n']:>6,} {100 * row['first']:6.1f} "
-                  f"{100 * row['other']:6.1f}  {100 * row['difference']:+5.1f}  ("
-                  f"{100 * row['low']:+5.1f} to {100 * row['high']:+5.1f}) {row['p']:14.2g}  "
+                  f"{100 * row['other']:6.1f} {100 * row['difference']:+6.2f} ("
+                  f"{100 * row['low']:+7.2f} to {100 * row['high']:+7.2f}) {row['p']:14.2g}  "
                   f"{row['verdict']}" for row in rows]
         tables.append("\n".join(lines))
-    rule = ("Better or worse: the 95 % interval, of paradigms and pairs drawn anew, leaves 0 out. "
-            "Of 13 such rows one in twenty does by chance.")
+    rule = ("Better or worse: the 95 % interval, of paradigms and pairs drawn anew, leaves 0 out,\n"
+            "and McNemar's p is under 0.05. Where there is no difference, up to one row in twenty "
+            "says there is.")
     click.echo(json.dumps(found, indent=2) if as_json else "\n\n".join([*tables, rule]))
 
 def measure(step, leaves: tuple[Tensor, ...]) -> tuple[float, int | None]:
