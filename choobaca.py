@@ -616,7 +616,7 @@ def to_probabilities(z: Tensor, w: Tensor, r: Tensor) -> tuple[Tensor, ...]:
     x, y = z.sub_(top), w.sub_(w.amax(-1, True))
     torch.sub(x, y, out=r).clamp_(max=most)
     scale, p_scale = (1 / u.exp_().sum(-1, True) for u in (x, y))
-    r.add_((scale - p_scale).div_(p_scale).log1p_())            # exact where they are nearly equal
+    r.add_((scale.double() / p_scale).log_().to(r.dtype))
     return x.mul_(scale), y.mul_(p_scale), r, top, scale
 
 def dot(x: Tensor, y: Tensor) -> Tensor:

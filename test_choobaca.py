@@ -510,6 +510,19 @@ def test_no_temperature_breaks_the_loss(tau):
     assert loss.isfinite() and hidden.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("name", c.DIVERGENCES)
+@pytest.mark.parametrize("sharp", [(0.01, 8.0), (8.0, 0.01)])
+def test_one_model_sure_the_other_not(name, sharp):
+    """Where one softmax is scaled by 1 and the other by 1 / V, which their ratio must survive."""
+    draw = torch.Generator().manual_seed(0)
+    z, w = (scale * torch.randn(8, 16_000, generator=draw) for scale in sharp)
+    targets = torch.randint(16_000, (8, 1), generator=draw)
+    wanted, slope = divergence(name, z.double(), w.double(), targets, settings())
+    value, found = divergence(name, z, w, targets, settings())
+    assert abs(value.double().sum() / wanted.sum() - 1) < 1e-5
+    assert (found - slope).norm() < 1e-5 * slope.norm()
+
+
 def test_skewed_divergences_become_the_plain_ones():
     z, w = (2 * torch.randn(9, 30, dtype=torch.float64) for _ in range(2))
     for skewed, plain in (("skl", "fkl"), ("srkl", "rkl")):
