@@ -1387,7 +1387,8 @@ def read_pairs(folder: Path, sample: int = 0, filtered: bool = False,
                contexts: bool = False) -> list[Pair]:
     """The pairs in a folder's *.jsonl, or about `sample` of them, the same share of each paradigm
     and one at least. Error: no such folder or file, a line that is no pair, two kinds of pairs."""
-    need(folder.is_dir(), f"{folder} is not a folder: expected one of minimal pairs, *.jsonl.")
+    need(folder.is_dir(), f"{folder} is not a folder: expected one of minimal pairs, *.jsonl: put "
+         "them there, or name another.")
     paths = sorted(folder.glob("*.jsonl"))
     need(paths, f"{folder} holds no *.jsonl: expected a folder of minimal pairs.")
     pairs = [read_pair(line, path, number, contexts) for path in paths
