@@ -601,8 +601,8 @@ def new_model(config: ModelSettings, vocab_size: int, seed: int) -> Model:
 # targets (n, 1): the observed tokens; a constant, where one is named in DIVERGENCES
 #   ->  the divergence of each row (n, 1), and its gradient with respect to z / tau (n, V)
 #
-# To add one: write such a function and name it in DIVERGENCES. It may use up p, and r, where
-# the gradient may lie, but not q.
+# To add one: write such a function and name it in DIVERGENCES. It may use up p, and r, where the
+# gradient may lie; q is needed afterwards (that some lift it to 1e-34 where it is less is no harm).
 # q and p sum to 1 only up to rounding. To add sum (q - p) to a KL, or take it off, cancels that.
 
 def to_probabilities(z: Tensor, w: Tensor, r: Tensor) -> tuple[Tensor, ...]:
