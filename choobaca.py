@@ -151,6 +151,7 @@ class TextSettings:
     dev: str = setting("", "Folder of held-out text, *.dev, dev.txt; empty: the same.", path=True)
     tokenizer: str = setting("", "A tokenizer.json or its folder; empty: train one.", path=True)
     vocab_size: int = setting(16_000, "V of the tokenizer, when one is trained.", low=259)
+    clean: bool = setting(False, "Clean BabyLM's files, each by its name, as BabyLlama did.")
     prefix: str = setting("line", "Where the text gets the <s> that scoring begins with.",
                           choices=("line", "document", "none"))
 
@@ -177,7 +178,27 @@ class Corpus(NamedTuple):
     dev: np.ndarray                 # (tokens,), empty where no text is held out
     digests: dict[str, str]         # of the text and the tokenizer
 
-def read_lines(path: Path) -> list[str]:
+SPACES = ((r"[ \t\xa0]+", " "), (r" ([.,;!?])", r"\1"))
+CLEANING = {        # what is replaced in the files of BabyLM 2023 and 2024 (BabyLlama's notebook)
+    "aochildes": SPACES, "childes": SPACES, "bnc_spoken": SPACES,
+    "cbt": (*SPACES, (r"(\w) (['’]\w)", r"\1\2")),
+    "open_subtitles": ((r"(?im)^.*subtitle.*$", ""),),              # "Subtitles by ..."
+    "wikipedia": ((r"= = = (.+?) = = =\n", r"\1"),)}
+
+def lower_capitals(line: str) -> str:
+    """A line of QED's in capitals, where each I was read as l, as sentences; others as they are."""
+    letters = re.sub(r"\(.*?\)|[.!?]", "", line)
+    if 2 * sum(map(str.isupper, letters)) < max(1, len(letters)):
+        return line
+    return "".join(map(str.capitalize, re.split(r"([.!?]\s*)", line.replace("l", "I"))))
+
+def clean_text(text: str, domain: str) -> str:
+    """The text of the file named so in BabyLM, cleaned; the rest of them need it not."""
+    for pattern, new in CLEANING.get(domain, ()):
+        text = re.sub(pattern, new, text)
+    return "\n".join(map(lower_capitals, text.split("\n"))) if domain == "qed" else text
+
+def read_lines(path: Path, clean: bool = False) -> list[str]:
     """A document: the lines of a UTF-8 file, stripped, without the empty ones.
 
     Error: nothing in it, or a byte that is not UTF-8 (which it names)."""
@@ -186,14 +207,16 @@ def read_lines(path: Path) -> list[str]:
     except UnicodeDecodeError as error:
         raise click.ClickException(f"{path} is not UTF-8: byte {error.start} is "
                                    f"0x{error.object[error.start]:02x}. Save the file as UTF-8.")
+    text = clean_text(text, path.stem) if clean else text
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     need(lines, f"{path} is empty: expected text. Fill the file or remove it.")
     return lines
 
-def read_documents(folder: Path, names: str) -> list[list[str]]:
+def read_documents(folder: Path, names: str, clean: bool = False) -> list[list[str]]:
     """The documents of the files whose names match, in the order of their names."""
     need(folder.is_dir(), f"{folder} is not a folder: expected one that holds text files.")
-    return [read_lines(path) for path in sorted(folder.iterdir()) if re.fullmatch(names, path.name)]
+    return [read_lines(path, clean) for path in sorted(folder.iterdir())
+            if re.fullmatch(names, path.name)]
 
 def train_tokenizer(folder: Path, documents: list[list[str]], vocab_size: int) -> None:
     """Learn a byte-level BPE, as BabyLlama's, and write the files that AutoTokenizer loads."""
@@ -247,11 +270,16 @@ def encode(vocabulary: Vocabulary, documents: list[list[str]], prefix: str, dtyp
 
         line        <s> " A dog." <s> " It ran."
         document    <s> " A dog." "\\n" " It ran." "\\n"
-        none        " A dog." "\\n" " It ran." "\\n"
+        none        "A dog." "\\n" "It ran." "\\n"
 
-    <- differs (1): BabyLlama's text holds no <s> and gives no space to the first word of a line, so
-    its scores, which are conditioned on <s> and ask for that space, ask for what was never seen."""
+    <- differs (1): BabyLlama's is "none": it has no <s> and no space before the first word of a
+    line, so its scores, conditioned on <s> and that space, ask for what was never seen."""
     tokenizer, start = vocabulary.tokenizer, [vocabulary.prefix_id]
+    space = "" if prefix == "none" else " "
+    if prefix == "none":
+        plain = '"add_prefix_space":false'
+        tokenizer = Tokenizer.from_str(tokenizer.to_str().replace(plain[:-5] + "true", plain))
+        tokenizer.encode_special_tokens = True
     before = start if prefix == "line" else []
     after = [] if prefix == "line" else tokenizer.encode("\n", add_special_tokens=False).ids[-1:]
     pieces = []
@@ -259,7 +287,7 @@ def encode(vocabulary: Vocabulary, documents: list[list[str]], prefix: str, dtyp
         for lines in documents:
             pieces.append(np.array(start if prefix == "document" else [], dtype))
             for i in range(0, len(lines), 10_000):
-                some = [" " + line for line in lines[i:i + 10_000]]
+                some = [space + line for line in lines[i:i + 10_000]]
                 encoded = tokenizer.encode_batch_fast(some, add_special_tokens=False)
                 ids = itertools.chain.from_iterable(before + line.ids + after for line in encoded)
                 pieces.append(np.fromiter(ids, dtype))
@@ -275,7 +303,7 @@ def encode_once(path: Path, vocabulary: Vocabulary, documents: list[list[str]], 
     Its header names the text, the tokenizer and the size. Where the file is not there, or has
     another header or size, the text is encoded: nothing is ever used that does not fit."""
     dtype = np.dtype(np.uint16 if vocabulary.size <= 2**16 else np.uint32)
-    facts = {"format": "choobaca ids 1", **digests, "prefix": prefix, "dtype": str(dtype)}
+    facts = {"format": "choobaca ids 2", **digests, "prefix": prefix, "dtype": str(dtype)}
     whole = path.read_bytes() if path.exists() else b""
     size = len(whole) - HEADER
     if whole[:HEADER] != json.dumps({**facts, "bytes": size}).ljust(HEADER).encode():
@@ -288,8 +316,9 @@ def encode_once(path: Path, vocabulary: Vocabulary, documents: list[list[str]], 
 def read_corpus(settings: TextSettings, cache: Path) -> Corpus:
     """The corpus that the settings name. What is made of it, a tokenizer and ids, is kept in a
     folder under `cache` whose name is a digest of what they are made from."""
-    train = read_documents(Path(settings.text), r".*\.train|(?!dev\.txt$).*\.txt")
-    dev = read_documents(Path(settings.dev or settings.text), r".*\.dev|dev\.txt")
+    train, dev = (read_documents(Path(folder), names, settings.clean) for folder, names in (
+        (settings.text, r".*\.train|(?!dev\.txt$).*\.txt"),
+        (settings.dev or settings.text, r".*\.dev|dev\.txt")))
     need(train, f"{settings.text} holds no *.train and no *.txt: expected training text.")
     need(dev or not settings.dev, f"{settings.dev} holds no *.dev and no dev.txt: expected text.")
     texts = [digest(*("\n".join(lines).encode() for lines in group)) for group in (train, dev)]
@@ -939,18 +968,24 @@ class OptimizerSettings:
     steps: int = setting(0, "Stop after this many optimizer steps; 0: when the epochs end.")
     lr: float = setting(2.5e-4, "Peak learning rate.")
     warmup: int = setting(200, "Steps in which the learning rate rises to its peak.")
+    t_max: int = setting(0, "Then it falls along a cosine for so long, and rises again for as "
+                         "long, and so on, as PyTorch's T_max has it; 0: falls to the end.")
+    t_max_unit: str = setting("step", "What t_max counts.", choices=("step", "epoch"))
     weight_decay: float = setting(0.01, "Decay of matrices; vectors have none.")
     beta2: float = setting(0.999, "AdamW's memory of the squared gradient.", high=0.99999)
     clip: float = setting(1.0, "Longest gradient, as a norm over all weights; 0: any length.")
 
-def lr_at(step: int, steps: int, settings: OptimizerSettings) -> float:
-    """The learning rate of a step <- differs (5): the paper's cosine has T_max = 500.
+def lr_at(step: int, steps: int, per_epoch: int, settings: OptimizerSettings) -> float:
+    """The learning rate of a step, of `steps` in all and `per_epoch` in each epoch.
 
     1) warmup: a line from 0 that would reach the peak at step `warmup`; 2) a cosine from the peak
-    that would reach 0 at step `steps`."""
+    that would reach 0 at step `steps`  <- differs (5): the paper's has T_max = 500. By steps, as
+    `t_max` then reads it, it swings between the peak and 0; by epochs, it hardly moves."""
     if step < settings.warmup:
         return settings.lr * (step + 1) / (settings.warmup + 1)
-    done = (step - settings.warmup) / max(1, steps - settings.warmup)
+    done = (step - settings.warmup) / (settings.t_max or max(1, steps - settings.warmup))
+    if settings.t_max and settings.t_max_unit == "epoch":
+        done = step // per_epoch / settings.t_max
     return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 def beta_at(epoch: int, epochs: int, settings: LossSettings) -> float:
@@ -1242,7 +1277,7 @@ def fit(run: Run, corpus: Corpus, teachers: list[Run], device: str) -> Model:
         for step in range(steps):
             inputs, targets = (x.to(device) for x in batch_at(step, corpus.train, settings))
             beta = beta_at(step // per_epoch, math.ceil(steps / per_epoch), settings)
-            rates = ({"beta": beta} if coach else {}) | {"lr": lr_at(step, steps, settings)}
+            rates = ({"beta": beta} if coach else {}) | {"lr": lr_at(step, steps, per_epoch, settings)}
             for group in optimizer.param_groups:
                 group["lr"] = rates["lr"]
             torch.manual_seed(settings.seed * 2**32 + step)     # dropout's stream, used by it alone
@@ -1727,18 +1762,26 @@ def check_keys(table: dict, allowed, source: str, folder: Path) -> dict:
         values[key] = os.path.normpath(folder / value) if is_path else value
     return values
 
-def read_config(path: Path) -> tuple[dict, list[dict]]:
-    """The student's settings and each teacher's, from a TOML file."""
+def read_config(path: Path, above: tuple[Path, ...] = ()) -> tuple[dict, list[dict]]:
+    """The student's settings and each teacher's, from a TOML file.
+
+    What it does not say itself is as in the file that it names as its `base`, teachers and all."""
+    need(path.resolve() not in above, f"{path} is its own base: expected another file.")
     try:
         raw = tomllib.loads(path.read_bytes().decode())
     except (ValueError, RecursionError) as error:
         raise click.ClickException(f"{path} is not TOML: {error}.")
-    tables = raw.pop("teacher", [])
+    tables, base = raw.pop("teacher", []), raw.pop("base", "")
     need(isinstance(tables, list) and all(isinstance(table, dict) for table in tables),
          f"{path}: teacher is not a list of tables: expected each under [[teacher]].")
-    return check_keys(raw, KNOWN, str(path), path.parent), [
+    need(isinstance(base, str), f"{path}: base is {base!r}: expected the name of a TOML file.")
+    values, teachers = {}, []
+    if base:
+        values, teachers = read_config(Path(os.path.normpath(path.parent / base)),
+                                       (*above, path.resolve()))
+    return values | check_keys(raw, KNOWN, str(path), path.parent), [
         check_keys(table, TEACHERS_OWN, f"{path}, teacher {i}", path.parent)
-        for i, table in enumerate(tables, 1)]
+        for i, table in enumerate(tables, 1)] or teachers
 
 def read_settings(config: Path, flags: dict,
                   teachers: list[Path]) -> tuple[Settings, list[Settings]]:
@@ -2035,6 +2078,18 @@ def compare_command(first: Path, others: tuple[Path, ...], suite: str, resamples
             "and McNemar's p is under 0.05. Where there is no difference, up to one row in twenty "
             "says there is.")
     click.echo(json.dumps(found, indent=2) if as_json else "\n\n".join([*tables, rule]))
+
+@cli.command("configs")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object in place of the table.")
+def configs_command(as_json: bool) -> None:
+    """List the settings files that come along: what each is, in its own first words.
+
+    \b
+    Example: python choobaca.py configs"""
+    found = {str(path.relative_to(HOME)): path.read_text().split("\n")[0].removeprefix("# ")
+             for path in sorted((HOME / "configs").glob("*.toml"))}
+    table = "\n".join(f"{name:<26} {words}" for name, words in found.items())
+    click.echo(json.dumps(found, indent=2) if as_json else table)
 
 def measure(step, leaves: tuple[Tensor, ...]) -> tuple[float, int | None]:
     """Seconds of a step, by the clock or CUDA's events, and the bytes that it holds at its peak

@@ -140,7 +140,6 @@ def test_tokenizer_training_is_repeatable(tmp_path):
     [
         ("line", ["<s>", " A dog.", "<s>", " It ran."]),
         ("document", ["<s>", " A dog.", "\n", " It ran.", "\n"]),
-        ("none", [" A dog.", "\n", " It ran.", "\n"]),
     ],
 )
 def test_prefix_setting(vocabulary, prefix, expected):
@@ -157,6 +156,38 @@ def test_prefix_setting(vocabulary, prefix, expected):
         for text in expected
     ]
     assert ids.tolist() == [i for piece in pieces for i in piece]
+
+
+def test_without_a_prefix_the_ids_are_babyllamas(vocabulary):
+    """Those of the whole text at once, where only the first word gets a space, as far as it goes."""
+    text = "A dog.\nIt ran, didn't it?\n«No!»\n"
+    whole = tokenizers.Tokenizer.from_str(vocabulary.tokenizer.to_str())
+    whole.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    ids = c.encode(vocabulary, [text.splitlines()], "none", np.uint16)
+    assert ids.tolist() == whole.encode(text, add_special_tokens=False).ids
+    assert ids.tolist() != vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize(
+    "name, before, after",
+    [
+        ("childes.train", "*MOT:\tthere  it is .", "*MOT: there it is."),
+        ("aochildes.dev", "well\xa0, no !", "well, no!"),
+        ("cbt.train", "the dog 's bone ; he did n't", "the dog's bone; he did n't"),
+        ("open_subtitles.train", "Run!\nSUBTITLES by x\nGo.", "Run!\nGo."),
+        ("wikipedia.train", "= = = A town = = =\nIt is .", "A townIt is ."),
+        ("qed.train", "MY DOG lS HERE. (HE) RUNS!", "My dog is here. (he) runs!"),
+        ("qed.train", "(Tom) All's well.", "(Tom) All's well."),
+        ("qed.train", "(...)", "(...)"),
+        ("gutenberg.train", "a  b ,", "a  b ,"),
+    ],
+)
+def test_cleaning_by_domain(tmp_path, name, before, after):
+    (tmp_path / name).write_text(before + "\n")
+    assert c.read_lines(tmp_path / name) == before.split("\n")
+    assert c.read_lines(tmp_path / name, clean=True) == after.split("\n")
+    documents = c.read_documents(tmp_path, ".*", clean=True)
+    assert documents == [after.split("\n")]
 
 
 def test_a_special_token_in_the_text_is_text(vocabulary):
@@ -812,10 +843,24 @@ def test_two_teachers_are_the_mean_of_their_logits():
 
 def test_learning_rate_at_its_ends():
     s = settings(lr=1.0, warmup=10)
-    rates = [c.lr_at(step, 110, s) for step in range(110)]
+    rates = [c.lr_at(step, 110, 10, s) for step in range(110)]
     assert rates[0] == 1 / 11 and rates[10] == max(rates) == 1.0
     assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
     assert math.isclose(rates[60], 0.5) and 0 < rates[-1] < 1e-3
+
+
+def test_the_papers_t_max_by_both_readings():
+    """PyTorch's own CosineAnnealingLR, stepped each step or each epoch."""
+    for unit, every in (("step", 1), ("epoch", 20)):
+        s = settings(lr=0.5, warmup=0, t_max=30, t_max_unit=unit)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+        theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30)
+        for step in range(100):
+            rate = optimizer.param_groups[0]["lr"]
+            assert math.isclose(c.lr_at(step, 100, 20, s), rate, abs_tol=1e-12)
+            optimizer.step()
+            if (step + 1) % every == 0:
+                theirs.step()
 
 
 def test_beta_is_equation_3():
@@ -1085,7 +1130,8 @@ def test_the_sampled_text_is_the_teachers(tmp_path, corpus, monkeypatch, prefix)
     """What sample_lines draws, from the token that begins a line in the text, is what is learnt;
     a teacher that has nothing to say, and one that is ruined, are one sentence each."""
     vocabulary, s = corpus.vocabulary, settings(objective="seqkd", teachers=1, prefix=prefix)
-    said = vocabulary.tokenizer.encode(" the dog sees it.", add_special_tokens=False).ids
+    said = c.encode(vocabulary, [["the dog sees it."]], prefix, np.uint16).tolist()
+    said = {"line": said[1:], "document": said[1:-1], "none": said[:-1]}[prefix]
     starts, drawn = [], [said, []]
     monkeypatch.setattr(
         c, "sample_lines", lambda m, start, *rest: starts.append(start) or list(drawn)
@@ -1489,14 +1535,54 @@ def test_defaults_then_toml_then_flags(tmp_path):
     ] * 2
 
 
+NO_FLAGS = {field.name: None for field in dataclasses.fields(c.Settings)}
+
+
 def test_every_shipped_config_is_read():
+    listed = json.loads(invoke("configs", "--json").stdout)
+    assert sorted(listed) == [f"configs/{p.name}" for p in sorted((HOME / "configs").iterdir())]
     for path in sorted((HOME / "configs").glob("*.toml")):
-        flags = {field.name: None for field in dataclasses.fields(c.Settings)}
-        student, teachers = c.read_settings(path, flags | {"teachers": 1, "objective": "rkl"}, [])
+        assert listed[f"configs/{path.name}"].endswith(".")
+        assert f"{listed[f'configs/{path.name}']}\n" in invoke("configs").stdout
+        flags = NO_FLAGS | {"teachers": 1, "objective": "rkl"}
+        student, teachers = c.read_settings(path, flags, [])
         V = student.vocab_size
         assert c.count_parameters(c.empty_model(teachers[0], V)) > c.count_parameters(
             c.empty_model(student, V)
         )
+
+
+def test_the_twelve_models_of_table_1():
+    """Row by row, what the paper's Table 1 says of each: objective, teachers, data, techniques."""
+    names = [f"{kind}-{n}-{year}" for kind in ("fw", "rv") for year in (23, 24) for n in (2, 1)]
+    names += [f"rv-{n}-{year}-plus" for year in (23, 24) for n in (2, 1)]
+    for row, name in enumerate(names, 1):
+        path, (kind, n, year, *plus) = HOME / f"configs/{name}.toml", name.split("-")
+        assert path.read_text().startswith(f"# Table 1, row {row}: ")
+        s, teachers = c.read_settings(path, NO_FLAGS, [])
+        assert s.objective == {"fw": "fkl", "rv": "rkl"}[kind] and s.teachers == int(n)
+        assert f"babylm-20{year}/" in s.text and f"babylm-20{year}/" in s.dev
+        assert s.beta == (1.0 if kind == "fw" else 0.7) and s.progressive == bool(plus)
+        assert [t.model_type for t in teachers] == ["llama", "gpt2"][: int(n)]
+        for t in teachers:
+            assert (t.objective, t.batch_size, t.epochs, t.text) == ("ce", 128, 4, s.text)
+        shared = c.read_settings(HOME / "configs/paper.toml", NO_FLAGS, [])[0]
+        own = ("objective", "teachers", "beta", "progressive", "text", "dev")
+        assert dataclasses.replace(s, **{key: getattr(shared, key) for key in own}) == shared
+
+
+def test_a_config_stands_on_another(tmp_path):
+    base = brief_config(tmp_path, "temperature = 3.0\nalpha = 0.25")
+    (tmp_path / "sub").mkdir()
+    child = tmp_path / "sub/child.toml"
+    child.write_text('base = "../brief.toml"\nalpha = 0.75\nobjective = "rkl"\nteachers = 2')
+    s, teachers = c.read_settings(child, NO_FLAGS, [])
+    assert (s.temperature, s.alpha, len(teachers), teachers[0].width) == (3, 0.75, 2, 48)
+    child.write_text('base = "../brief.toml"\nteachers = 1\nobjective = "rkl"\n[[teacher]]\nwidth = 64')
+    assert [t.width for t in c.read_settings(child, NO_FLAGS, [])[1]] == [64]
+    base.write_text('base = "sub/child.toml"')
+    with pytest.raises(click.ClickException, match="is its own base"):
+        c.read_settings(child, NO_FLAGS, [])
 
 
 def test_every_flag_has_help_and_stands_once():
@@ -1535,6 +1621,9 @@ def bad_inputs(folder: Path):
     yield toml("lr = nan"), "lr is nan"
     yield toml("lr = "), "is not TOML"
     yield toml("teacher = 3"), "under [[teacher]]"
+    yield toml("base = 3"), "base is 3: expected the name"
+    yield toml('base = "bad.toml"'), "is its own base"
+    yield toml('base = "nowhere.toml"'), "nowhere.toml: No such file"
     yield toml("[[teacher]]\ntext = 'x'"), "teacher 1: unknown key 'text'"
     yield toml(f"lr = 1{'0' * 400}"), "lr is 1000"
     yield toml('text = "a\\u0000b"'), "without a NUL"
@@ -1947,9 +2036,9 @@ def test_nothing_is_used_before_it_is_defined():
 
 def test_the_files_bars():
     lines = SOURCE.splitlines()
-    assert len(lines) < 2200 and max(map(len, lines)) <= 100
+    assert len(lines) < 2900 and max(map(len, lines)) <= 100
     rulers = {line[2]: i for i, line in enumerate(lines) if re.match(r"# \d\. ", line)}
-    assert list(rulers) == list("123456789") and rulers["7"] - rulers["1"] < 830
+    assert list(rulers) == list("123456789") and rulers["7"] - rulers["1"] < 880
     functions = [n for n in ast.walk(TREE) if isinstance(n, ast.FunctionDef)]
     assert max(n.end_lineno - n.lineno + 1 for n in functions) <= 50
     assert not re.search("TODO|FIXME|XXX", SOURCE)
