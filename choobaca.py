@@ -38,6 +38,7 @@ has here:
 import contextlib
 import csv
 import dataclasses
+import datetime
 import difflib
 import functools
 import hashlib
@@ -47,6 +48,8 @@ import math
 import os
 import platform
 import re
+import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -62,11 +65,18 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")        # read when torch is loa
 import click
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tokenizers import (Tokenizer, decoders, models, normalizers, pre_tokenizers, processors,
                         trainers)
 from torch import Tensor, nn
 from tqdm import tqdm
+
+try:
+    import fcntl
+    import resource
+except ImportError:         # Windows: no lock on a run's folder, and no word on peak memory
+    fcntl = resource = None
 
 HOME = Path(__file__).resolve().parent
 
@@ -516,6 +526,8 @@ class Llama(nn.Module):
             x = layer(x, cos, sin, past, tree and tree.mask)
         return self.norm(x)
 
+    forward = hidden                # the way of training, which may be compiled
+
 class Conv1D(nn.Module):
     """A linear layer whose weight is stored (in, out), as GPT-2's files have it."""
 
@@ -594,6 +606,8 @@ class GPT2(nn.Module):
         for block, past in zip(self.h, cache or [None] * self.config.layers):
             x = block(x, past, tree and tree.mask)
         return self.ln_f(x)
+
+    forward = hidden
 
 Model = Llama | GPT2
 ARCHITECTURES = {"llama": Llama, "gpt2": GPT2}
@@ -944,17 +958,18 @@ class Coach:
     """One or more teachers as one.
 
     BabyLlama averages its teachers' logits. The mean of K products is one product: hidden states
-    side by side, times heads side by side divided by K."""
+    side by side, times heads side by side divided by K. The teachers become ones of the dtype, for
+    they are only read; their heads stay as they are, for logits are sums of many products."""
 
-    def __init__(self, teachers: list[Model]):
-        self.teachers = teachers
+    def __init__(self, teachers: list[Model], dtype: torch.dtype | None = None):
         with torch.no_grad():
             self.head = torch.cat([t.head for t in teachers], dim=1) / len(teachers)    # (V, C')
+        self.teachers = [teacher.to(dtype) for teacher in teachers]
 
     @torch.no_grad()
     def hidden(self, ids: Tensor) -> Tensor:
         """(B, T) -> (B, T, C'), C' the sum of the teachers' widths"""
-        return torch.cat([teacher.hidden(ids) for teacher in self.teachers], dim=-1)
+        return torch.cat([teacher(ids) for teacher in self.teachers], dim=-1).to(self.head.dtype)
 
 # -----------------------------------------------------------------------------
 # 6. Schedules and the optimizer
@@ -1154,6 +1169,8 @@ def load_model(folder: Path, device: str) -> tuple[Model, Vocabulary]:
 #
 # settings, corpus, teachers  ->  a trained model in its run folder
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 @dataclass(frozen=True)
 class Settings(OptimizerSettings, LossSettings, ModelSettings, BatchSettings, TextSettings):
     """All settings of a run. Those named here say how it is carried out, not what is learnt.
@@ -1161,6 +1178,12 @@ class Settings(OptimizerSettings, LossSettings, ModelSettings, BatchSettings, Te
     The bases stand in reverse: a dataclass collects its fields from the last one to the first."""
     teachers: int = setting(0, "How many of the config's teachers to learn from.", high=2)
     device: str = setting("auto", "Where to compute.", choices=("auto", "cpu", "cuda"))
+    precision: str = setting("auto", "Of a step's products; auto: fp32, and on a GPU bf16, or fp16 "
+                             "where it has no bf16.", choices=("auto", *PRECISIONS))
+    teacher_precision: str = setting("auto", "Of the teachers' weights and products; auto: the "
+                                     "student's.", choices=("auto", *PRECISIONS))
+    compile: bool = setting(True, "Compile the models on a GPU.")
+    save_minutes: float = setting(10.0, "Minutes between checkpoints, from which --resume goes on.")
     micro_batch: int = setting(0, "Rows in memory at once, a divisor of the batch; 0: all.")
     chunk: int = setting(304, "Rows of logits that the loss holds at once.", low=1)
     eval_every: int = setting(0, "Steps between held-out losses; 0: only one, at the end.")
@@ -1196,26 +1219,83 @@ def count_steps(tokens: int, settings: Settings) -> tuple[int, int]:
          "--context.")
     return settings.steps or per_epoch * settings.epochs, per_epoch
 
-def train_step(model: Model, optimizer: torch.optim.Optimizer, coach: Coach | None, inputs: Tensor,
-               targets: Tensor, settings: Settings, beta: float) -> dict[str, float]:
-    """One optimizer step on inputs and targets (B, T): its losses and its gradient's norm.
+def step_dtype(settings: Settings, device: str) -> torch.dtype:
+    """The dtype of a step's products on a device."""
+    half = torch.float16
+    if device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        half = torch.bfloat16
+    return PRECISIONS.get(settings.precision, half if device == "cuda" else torch.float32)
 
-    Each micro-batch is divided by the tokens of the whole step, so that without dropout
-    accumulating changes nothing but the rounding."""
-    at_once, tokens = settings.micro_batch or len(inputs), targets.numel()
-    losses = torch.zeros(3, dtype=torch.float64, device=inputs.device)
+def rank_and_size() -> tuple[int, int]:
+    """This process's number, and how many train this model together: torchrun starts several."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+def sum_over_processes(tensors: list[Tensor]) -> None:
+    """Put in the place of each tensor, all of one dtype, its sum over the processes.
+
+    Error: another process is gone."""
+    if rank_and_size()[1] == 1:
+        return
+    whole = torch.cat([tensor.flatten() for tensor in tensors])
+    try:
+        dist.all_reduce(whole)
+    except RuntimeError as error:
+        raise click.ClickException("another process of this run has ended, or does not answer "
+                                   f"({str(error).splitlines()[0]}): start them all again.")
+    for tensor, part in zip(tensors, whole.split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(part.view_as(tensor))
+
+@contextlib.contextmanager
+def first_process_first():
+    """What the first process makes within, the others find there when they come to it."""
+    rank, size = rank_and_size()
+    flag = torch.zeros(1, device="cuda" if size > 1 and dist.get_backend() == "nccl" else "cpu")
+    if rank:
+        sum_over_processes([flag])
+    yield
+    if not rank:
+        sum_over_processes([flag])
+
+@contextlib.contextmanager
+def tf32():
+    """A GPU's fp32 products by its faster, shorter TF32 within, and as they were afterwards."""
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, "tf32"
+    try:
+        yield
+    finally:
+        products.fp32_precision = before
+
+def train_step(model: Model, optimizer: torch.optim.Optimizer, coach: Coach | None, inputs: Tensor,
+               targets: Tensor, settings: Settings, beta: float,
+               scaler: torch.amp.GradScaler | None = None) -> Tensor:
+    """One optimizer step on inputs and targets (B, T), or this process's share of their rows: (4,)
+    loss, cross-entropy, divergence and the norm of the gradient. Nothing waits for a GPU in it.
+
+    Each micro-batch is divided by the tokens of the whole step, so that without dropout neither
+    accumulating nor sharing changes anything but the rounding. In fp16 a scaler keeps gradients
+    in its range, and leaves out the steps where it failed to."""
+    device, (_, size) = inputs.device.type, rank_and_size()
+    at_once, tokens = settings.micro_batch or len(inputs), targets.numel() * size
+    dtype, losses = step_dtype(settings, device), inputs.new_zeros(3, dtype=torch.float64)
+    scaler = scaler or torch.amp.GradScaler(device, enabled=False)
     optimizer.zero_grad()
-    for ids, target in zip(inputs.split(at_once), targets.split(at_once)):
-        coached = coach.hidden(ids).flatten(0, 1) if coach else None                # (N, C')
-        loss, parts = FusedLoss.apply(
-            model.hidden(ids).flatten(0, 1), model.head, target.flatten(), coached,
-            coach and coach.head, settings, beta, settings.chunk)
-        (loss / tokens).backward()
-        losses += torch.cat([loss.detach().double()[None], parts]) / tokens
+    with tf32():
+        for ids, target in zip(inputs.split(at_once), targets.split(at_once)):
+            coached = coach.hidden(ids).flatten(0, 1) if coach else None            # (N, C')
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                loss, parts = FusedLoss.apply(
+                    model(ids).flatten(0, 1), model.head, target.flatten(), coached,
+                    coach and coach.head, settings, beta, settings.chunk)
+            scaler.scale(loss / tokens).backward()
+            losses += torch.cat([loss.detach().double()[None], parts]) / tokens
+    sum_over_processes([parameter.grad for parameter in model.parameters()])
+    sum_over_processes([losses])
+    scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf)
-    optimizer.step()
-    loss, ce, kl = losses.tolist()
-    return {"loss": loss, "ce": ce, **({"kl": kl} if coach else {}), "norm": norm.item()}
+    scaler.step(optimizer)
+    scaler.update()
+    return torch.cat([losses, norm.double()[None]])
 
 @torch.no_grad()
 def held_out_loss(model: Model, ids: np.ndarray, settings: Settings) -> float | None:
@@ -1238,68 +1318,272 @@ def held_out_loss(model: Model, ids: np.ndarray, settings: Settings) -> float | 
 
 @dataclass
 class Run:
-    """A model of this session: to be trained, or, where it has no settings, there already."""
+    """A model of this session: to be trained by its settings, or, without any, there already."""
     name: str
     out: Path
-    settings: Settings | None
-    model: Model | None = None
+    settings: Settings | None = None
+    teachers: tuple["Run", ...] = ()
 
-def describe_run(run: Run, corpus: Corpus, teachers: list[Run], device: str) -> dict:
+    @property
+    def finished(self) -> bool:
+        return self.settings is None or (self.out / "model.safetensors").exists()
+
+    @property
+    def shape(self) -> ModelSettings:
+        return self.settings or from_hf_config(self.out / "config.json")[0]
+
+    @property
+    def coaches(self) -> tuple["Run", ...]:
+        """The teachers whose states every step asks for."""
+        return self.teachers if self.settings.objective in DIVERGENCES else ()
+
+def describe_run(run: Run, corpus: Corpus, device: str) -> dict:
     """What run.json says: all that it takes to know, and to repeat, what was done."""
-    weights = [file_digest(path) for teacher in teachers
+    weights = [file_digest(path) for teacher in run.teachers
                for path in sorted(teacher.out.glob("*.safetensors"))]
     vocabulary = corpus.vocabulary
     return {"argv": sys.argv[1:], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "settings": asdict(run.settings), "teachers": [str(each.out) for each in teachers],
+            "settings": asdict(run.settings),
+            "teachers": [str(teacher.out) for teacher in run.teachers],
             "digests": {**corpus.digests, "choobaca.py": file_digest(Path(__file__)),
                         "teachers": weights},
             "prefix_token": vocabulary.tokenizer.id_to_token(vocabulary.prefix_id),
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "numpy": np.__version__}, "machine": platform.platform(),
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-            "threads": torch.get_num_threads()}
+            "processes": rank_and_size()[1], "threads": torch.get_num_threads()}
 
-def fit(run: Run, corpus: Corpus, teachers: list[Run], device: str) -> Model:
-    """The trained model; its folder has the log from the first step, and the weights at the end.
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Keep other processes from training in a run's folder within. A crash ends the lock, too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.jsonl", "a") as file:
+        try:
+            if fcntl and rank_and_size()[0] == 0:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise click.ClickException(f"{folder}: another process is training this run: wait for "
+                                       "it, or choose another --out.")
+        yield
+
+@contextlib.contextmanager
+def signals_kept():
+    """A list that takes up Ctrl-C's and SIGTERM's signal instead of ending the program at once.
+
+    A second one ends it: then there is no checkpoint of this moment."""
+    came, numbers = [], (signal.SIGINT, signal.SIGTERM)
+
+    def keep(number, _):
+        came.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, keep) for number in numbers}
+    try:
+        yield came
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number])
+
+class Progress(NamedTuple):
+    """All that training changes, but for the log."""
+    model: Model
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+
+def length_until(log: Path, step: int) -> int:
+    """The bytes of a log's lines up to a step; those of later steps, or cut off, do not count."""
+    total = 0
+    for line in log.read_bytes().splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] > step:
+                break
+        except (ValueError, TypeError, KeyError, RecursionError):
+            break
+        total += len(line)
+    return total
+
+class Journal:
+    """The log of a run and its progress bar, of the first process alone.
+
+    Lines are written when their numbers are there: at once on a CPU, and every 20 steps on a GPU,
+    for which one would have to wait."""
+
+    def __init__(self, run: Run, scaler: torch.amp.GradScaler, first: int, steps: int,
+                 spent: float):
+        """From step `first` on, `spent` seconds after the run's begin; lines of later steps go."""
+        self.run, self.scaler, self.first, self.steps, self.spent = run, scaler, first, steps, spent
+        self.waiting, self.begin, self.log = [], time.perf_counter(), None
+        if rank_and_size()[0] == 0:
+            os.truncate(run.out / "log.jsonl", length_until(run.out / "log.jsonl", first))
+            self.log = open(run.out / "log.jsonl", "a")
+        self.bar = tqdm(total=steps, initial=first, desc=run.name, unit=" steps",
+                        dynamic_ncols=True, disable=self.log is None)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+        if self.log:
+            self.log.close()
+
+    def seconds(self) -> float:
+        return self.spent + time.perf_counter() - self.begin
+
+    def write(self, line: dict) -> None:
+        if self.log:
+            self.log.write(json.dumps(line) + "\n")
+            self.log.flush()
+
+    def add(self, step: int, row: Tensor, rates: dict) -> None:
+        """Note what train_step returned for a step, counted from 1."""
+        self.waiting.append((step, row, rates))
+        if len(self.waiting) == (20 if row.is_cuda else 1):
+            self.settle()
+        if step == self.first + 5:
+            left = (self.seconds() - self.spent) / 5 * (self.steps - step) / 60
+            self.bar.write(f"{self.run.name}: about {left:.1f} minutes", file=sys.stderr)
+
+    def settle(self) -> None:
+        """Write what waits. Error: a loss or a gradient that is no finite number."""
+        half = self.scaler.is_enabled()             # fp16 skips a step whose gradient was too large
+        tokens = self.run.settings.batch_size * self.run.settings.context
+        for step, row, rates in self.waiting:
+            loss, ce, kl, norm = row.tolist()
+            need(math.isfinite(loss) and (half or math.isfinite(norm))
+                 and self.scaler.get_scale() > 1e-6, f"{self.run.out}: step {step} has a loss of "
+                 f"{loss} and a gradient of {norm}: begin again with a lower --lr. What lies there "
+                 "is the last good checkpoint, if one was due.")
+            line = {"loss": loss, "ce": ce, **({"kl": kl} if "beta" in rates else {}),
+                    "norm": norm, **rates}
+            speed = (step - self.first) * tokens / (self.seconds() - self.spent)
+            self.write({"step": step, **line, "seconds": self.seconds(),
+                        "tokens_per_second": speed})
+            shown = " ".join(f"{key} {value:.3g}" for key, value in line.items())
+            self.bar.set_postfix_str(f"{shown}, {speed:,.0f} tokens/s", refresh=False)
+            self.bar.update()
+        self.waiting.clear()
+
+    def save(self, step: int, progress: Progress) -> None:
+        """A checkpoint after a step: whole on the disk before it takes the last one's place."""
+        self.settle()
+        if self.log:
+            os.fsync(self.log.fileno())
+            with written_whole(self.run.out / "state.pt") as file:
+                parts = {name: part.state_dict() for name, part in progress._asdict().items()}
+                torch.save({"step": step, "seconds": self.seconds(), **parts}, file)
+
+def load_state(path: Path, steps: int, progress: Progress) -> tuple[int, float]:
+    """The step and the seconds of a checkpoint, which it puts into progress. Error: damaged."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, part in progress._asdict().items():
+            part.load_state_dict(state[name])
+        step, seconds = state["step"], float(state["seconds"])
+        moments = progress.optimizer.state
+        sound = type(step) is int and 0 < step <= steps and math.isfinite(seconds) and all(
+            moments[weight][name].shape == weight.shape and moments[weight][name].isfinite().all()
+            for weight in progress.model.parameters() for name in ("exp_avg", "exp_avg_sq"))
+        problem = "its parts do not fit each other"
+    except OSError:
+        raise
+    except Exception as error:                      # a damaged file fails in a hundred ways
+        sound, problem = False, str(error).split("\n")[0]
+    need(sound, f"{path} is damaged ({problem}): begin again with --overwrite.")
+    return step, seconds
+
+def need_same(run: Run, record: dict) -> None:
+    """Error: an interrupted run was begun otherwise than run.json would have it now."""
+    before, free = read_json(run.out / "run.json"), {"save_minutes", "choobaca.py"} | {
+        field.name for field in fields(Settings) if field.metadata["path"]}
+    for group, what in (("settings", "--{}"), ("digests", "the digest of {}")):
+        old = before.get(group)
+        need(isinstance(old, dict), f"{run.out}/run.json has no {group}: begin again, with "
+             "--overwrite.")
+        for name, value in record[group].items():
+            shown = what.format(name.replace("_", "-"))
+            need(name in free or old.get(name) == value, f"{shown} is {value}, but {run.out} was "
+                 f"begun with {old.get(name)}: go on with that, or choose another --out.")
+
+def share_of_rows(batch: tuple[Tensor, Tensor], device: str) -> list[Tensor]:
+    """Inputs and targets (B, T) of this process, on its device."""
+    rank, size = rank_and_size()
+    mine = [rows.tensor_split(size)[rank] for rows in batch]
+    return [rows.pin_memory().to(device, non_blocking=True) for rows in mine] \
+        if device == "cuda" else mine
+
+def stop_signal(signals: list[int], device: str) -> int:
+    """The signal that this process was sent, SIGTERM if another was, or 0: all stop after the same
+    step."""
+    if rank_and_size()[1] == 1:
+        return max(signals, default=0)
+    flag = torch.tensor([float(len(signals))], device=device)
+    sum_over_processes([flag])
+    return max(signals, default=signal.SIGTERM if flag else 0)
+
+def starting_point(run: Run, record: dict, resume: bool, steps: int,
+          progress: Progress) -> tuple[int, float]:
+    """The step and the seconds to go on from: a checkpoint's, or 0 in a folder made ready."""
+    state = run.out / "state.pt"
+    if resume and state.exists():
+        need_same(run, record)
+        return load_state(state, steps, progress)
+    if rank_and_size()[0] == 0:
+        state.unlink(missing_ok=True)
+        (run.out / "model.safetensors").unlink(missing_ok=True)
+        write_json(run.out / "run.json", record)
+    return 0, 0.0
+
+def fit(run: Run, corpus: Corpus, device: str, resume: bool = False) -> tuple[int, float]:
+    """Train a run; its folder has the log from the first step, and the weights at the end. Returns
+    the steps that were left to do and their seconds.
 
     Nothing beside `train_step` has a part in what is learnt, looking at held-out text least of all:
-    the batch, the rates and dropout's stream are functions of the step."""
-    settings, begin = run.settings, time.perf_counter()
+    the batch, the rates and dropout's stream are functions of the step. So a run that goes on from
+    a checkpoint ends where it would have ended."""
+    settings, (rank, size), dtype = run.settings, rank_and_size(), step_dtype(run.settings, device)
     steps, per_epoch = count_steps(len(corpus.train), settings)
     model = new_model(settings, corpus.vocabulary.size, settings.seed).to(device).train()
-    optimizer = make_optimizer(model, settings)
-    coach = Coach([teacher.model for teacher in teachers]) \
-        if settings.objective in DIVERGENCES else None
-    write_json(run.out / "run.json", describe_run(run, corpus, teachers, device))
-    (run.out / "model.safetensors").unlink(missing_ok=True)
-    with open(run.out / "log.jsonl", "w", buffering=1) as log, \
-            tqdm(total=steps, desc=run.name, unit=" steps", dynamic_ncols=True) as bar:
-        for step in range(steps):
-            inputs, targets = (x.to(device) for x in batch_at(step, corpus.train, settings))
+    progress = Progress(model, make_optimizer(model, settings),
+                        torch.amp.GradScaler(device, enabled=dtype == torch.float16))
+    coach = Coach([load_model(each.out, device)[0] for each in run.coaches],
+                  PRECISIONS.get(settings.teacher_precision, dtype)) if run.coaches else None
+    if settings.compile and device == "cuda":
+        for each in (model, *(coach.teachers if coach else ())):
+            each.compile()
+    record = describe_run(run, corpus, device)
+    first, spent = starting_point(run, record, resume, steps, progress)
+    with signals_kept() as signals, Journal(run, progress.scaler, first, steps, spent) as journal:
+        saved = time.monotonic()
+        for step in range(first, steps):
+            inputs, targets = share_of_rows(batch_at(step, corpus.train, settings), device)
             beta = beta_at(step // per_epoch, math.ceil(steps / per_epoch), settings)
-            rates = ({"beta": beta} if coach else {}) | {"lr": lr_at(step, steps, per_epoch, settings)}
-            for group in optimizer.param_groups:
+            rates = ({"beta": beta} if coach else {}) | {
+                "lr": lr_at(step, steps, per_epoch, settings)}
+            for group in progress.optimizer.param_groups:
                 group["lr"] = rates["lr"]
-            torch.manual_seed(settings.seed * 2**32 + step)     # dropout's stream, used by it alone
-            line = train_step(model, optimizer, coach, inputs, targets, settings, beta) | rates
-            need(math.isfinite(line["loss"] + line["norm"]), f"{run.out}: step {step + 1} has a "
-                 f"loss of {line['loss']} and a gradient of {line['norm']}: try a lower --lr.")
-            seconds = time.perf_counter() - begin
-            speed = (step + 1) * targets.numel() / seconds
-            log.write(json.dumps({"step": step + 1, **line, "seconds": seconds,
-                                  "tokens_per_second": speed}) + "\n")
-            shown = " ".join(f"{key} {value:.3g}" for key, value in line.items())
-            bar.set_postfix_str(f"{shown}, {speed:,.0f} tokens/s", refresh=False)
-            bar.update()
-            if step == 4:
-                minutes = seconds / (step + 1) * steps / 60
-                bar.write(f"{run.name}: about {minutes:.1f} minutes", file=sys.stderr)
-            if step + 1 == steps:
-                save_model(run.out, model, corpus.vocabulary)
-            if step + 1 == steps or settings.eval_every and (step + 1) % settings.eval_every == 0:
+            torch.manual_seed((settings.seed * 2**32 + step) * size + rank)     # of dropout alone
+            row = train_step(model, progress.optimizer, coach, inputs, targets, settings, beta,
+                             progress.scaler)
+            journal.add(step + 1, row, rates)
+            last = step + 1 == steps
+            if last or settings.eval_every and (step + 1) % settings.eval_every == 0:
+                journal.settle()
                 loss = held_out_loss(model, corpus.dev, settings)
-                log.write(json.dumps({"step": step + 1, "dev_loss": loss}) + "\n")
-    return model.eval()
+                journal.write({"step": step + 1, "dev_loss": loss})
+            number = stop_signal(signals, device)
+            if not last and (number or time.monotonic() - saved > 60 * settings.save_minutes):
+                journal.save(step + 1, progress)
+                saved = time.monotonic()
+            if number and not last:
+                click.echo(f"{run.name}: stopped after step {step + 1:,} of {steps:,}, which is "
+                           "kept. To go on: the same command with --resume.", err=True)
+                sys.exit(128 + number)
+        with first_process_first():
+            if rank == 0:
+                save_model(run.out, model, corpus.vocabulary)
+                (run.out / "state.pt").unlink(missing_ok=True)
+    return steps - first, journal.seconds() - spent
 
 @torch.no_grad()
 def sample_lines(model: Model, start: int, rows: int, length: int,
@@ -1322,7 +1606,8 @@ def sample_lines(model: Model, start: int, rows: int, length: int,
         lines[row] = line
     return lines
 
-def sampled_corpus(teacher: Run, corpus: Corpus, settings: Settings, runs: Path) -> Corpus:
+def sampled_corpus(teacher: Run, corpus: Corpus, settings: Settings, runs: Path,
+                   device: str) -> Corpus:
     """The corpus with the teacher's own text in place of what it learnt from, for seqkd.
 
     As many tokens as that has, sampled once, line by line, into a folder of `runs` that any --text
@@ -1333,11 +1618,12 @@ def sampled_corpus(teacher: Run, corpus: Corpus, settings: Settings, runs: Path)
     path = runs / f"seqkd-{digest(json.dumps(facts).encode())[:8]}" / "sampled.train"
     newline = tokenizer.encode("\n", add_special_tokens=False).ids[-1:]
     start = newline[0] if newline and settings.prefix != "line" else prefix_id
-    generator = torch.Generator(teacher.model.head.device).manual_seed(settings.seed)
+    generator = torch.Generator(device).manual_seed(settings.seed)
     if not path.exists():
+        model, _ = load_model(teacher.out, device)
         with tqdm(total=wanted, desc="sampling", unit=" tokens") as bar:
             while tokens < wanted:
-                drawn = sample_lines(teacher.model, start, 256, settings.context - 1, generator)
+                drawn = sample_lines(model, start, 256, settings.context - 1, generator)
                 some = [" ".join(line.split()) for line in tokenizer.decode_batch(drawn)]
                 some = [line for line in some if line]
                 need(some, f"{teacher.out} writes nothing but empty lines: train it for longer, or "
@@ -1817,9 +2103,9 @@ def teacher_folder(settings: Settings, corpus: Corpus, runs: Path) -> Path:
     facts = json.dumps([settings.learnt(), corpus.digests]).encode()
     return runs / f"teacher-{settings.model_type}-{digest(facts)[:8]}"
 
-def load_teacher(run: Run, corpus: Corpus, device: str) -> Model:
-    """A trained teacher. Error: its vocabulary is not the student's."""
-    teacher, vocabulary = load_model(run.out, device)
+def check_teacher(run: Run, corpus: Corpus) -> None:
+    """Error: a trained teacher's vocabulary is not the student's, or its weights are ruined."""
+    teacher, vocabulary = load_model(run.out, "cpu")
     own, ours = (json.loads(each.tokenizer.to_str())["model"]
                  for each in (vocabulary, corpus.vocabulary))
     need(own == ours and len(teacher.head) == corpus.vocabulary.size, f"{run.out} has another "
@@ -1827,7 +2113,32 @@ def load_teacher(run: Run, corpus: Corpus, device: str) -> Model:
          f"the student ({corpus.vocabulary.size:,} tokens): expected the very same one.")
     need(all(weight.isfinite().all() for weight in teacher.parameters()), f"{run.out}: its weights "
          "are not all finite numbers: train it again, perhaps with a lower --lr.")
-    return teacher
+
+def lay_out(out: Path, folders: list[Path], settings: Settings, described: list[Settings],
+            corpus: Corpus) -> list[Run]:
+    """A command's runs: the teachers, in these folders or as they are described, and the student.
+
+    Error: a teacher that cannot teach it, two models in one folder."""
+    runs = [Run("", folder) for folder in folders]
+    runs += [Run("", teacher_folder(own, corpus, out.parent), own) for own in described]
+    for i, run in enumerate(runs, 1):
+        run.name = f"teacher {i}" if len(runs) > 1 else "teacher"
+        if run.finished:
+            check_teacher(run, corpus)
+    runs.append(Run("student" if runs else "model", out, settings, tuple(runs)))
+    need(len({run.out.resolve() for run in runs}) == len(runs), "two models would lie in one "
+         "folder: expected teachers of different settings, and --out to be neither.")
+    return runs
+
+def check_run(run: Run, context: int, trained_here: bool) -> int:
+    """The positions that a run's model takes. Error: they, or the rows of its batch, do not do."""
+    positions, (_, size) = run.shape.positions, rank_and_size()
+    need(context <= positions, f"{run.name}: --context {context} is longer than what it takes, "
+         f"{positions}.")
+    rows = run.settings.batch_size if trained_here else size
+    need(rows % size == 0, f"{run.name}: {size} processes cannot share --batch-size {rows} evenly: "
+         "take another number of either.")
+    return positions
 
 def describe_loss(settings: Settings) -> str:
     """The loss as it is weighed in effect."""
@@ -1850,27 +2161,77 @@ def idle_flags(settings: Settings, flags: dict) -> list[str]:
     return ["--" + name.replace("_", "-") for name in sorted(constants - own)
             if flags[name] is not None]
 
-def describe_plan(run: Run, corpus: Corpus) -> str:
-    """One line on what will be trained: size, loss, steps, tokens."""
-    if run.model:
-        return f"{run.name:<9} {run.out}: there already, used as it is"
+def flops_of_a_token(config: ModelSettings, V: int, T: int) -> int:
+    """Of a forward pass: 2 for each weight of a product, and 4 C T a layer in attention; backward
+    takes twice as many (the convention of PaLM, Chowdhery et al. 2022, appendix B)."""
+    looked_up = V * config.width * (not config.tied)
+    weights = count_parameters(empty_model(config, V)) - looked_up
+    return 2 * weights + 4 * config.layers * config.width * T
+
+def flops_of_a_step(run: Run, V: int) -> int:
+    """Of a model's forward and backward pass and its teachers' forward passes."""
+    settings, T = run.settings, run.settings.context
+    forward = [flops_of_a_token(each.shape, V, T) for each in (run, *run.coaches)]
+    return settings.batch_size * T * (2 * forward[0] + sum(forward))
+
+def memory_of_a_run(run: Run, V: int, device: str) -> int:
+    """Bytes, roughly, at the peak of training: 4 for weight, gradient and each of two moments; the
+    teachers' weights; what the backward pass needs of each token; the loss's chunks."""
+    settings, dtype = run.settings, step_dtype(run.settings, device)
+    size = PRECISIONS.get(settings.teacher_precision, dtype).itemsize
+    tokens = (settings.micro_batch or settings.batch_size) * settings.context
+    inner = settings.inner * (4 if settings.model_type == "llama" else 3)
+    weights = 16 * count_parameters(empty_model(settings, V)) + 4 * V * settings.width
+    weights += sum(size * count_parameters(empty_model(each.shape, V)) + 4 * V * each.shape.width
+                   for each in run.coaches)
+    chunks = min(settings.chunk, tokens) * V * (4 + 2 * dtype.itemsize)
+    kept = settings.layers * (10 * settings.width + inner) * dtype.itemsize
+    return weights + tokens * kept + chunks + 3 * 10**8                     # and torch itself
+
+def products_speed(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of large products, the best of four."""
+    a, seconds = torch.ones(2048, 2048, device=device, dtype=dtype), []
+    for _ in range(4):
+        begin = time.perf_counter()
+        (a @ a)[0, 0].item()
+        seconds.append(time.perf_counter() - begin)
+    return 2 * 2048**3 / min(seconds)
+
+def describe_plan(run: Run, corpus: Corpus, device: str) -> str:
+    """What will be trained: size, loss, steps, tokens, and what that will at least cost here."""
     settings, (steps, per_epoch) = run.settings, count_steps(len(corpus.train), run.settings)
-    size = count_parameters(empty_model(settings, corpus.vocabulary.size))
+    V, dtype = corpus.vocabulary.size, step_dtype(settings, device)
+    size = count_parameters(empty_model(settings, V))
+    hours = flops_of_a_step(run, V) * steps / products_speed(device, dtype) / 3600
     return (f"{run.name:<9} {run.out}: {settings.model_type}, {size:,} parameters, "
             f"{describe_loss(settings)}, {steps:,} steps of "
-            f"{settings.batch_size * settings.context:,} tokens, {steps / per_epoch:.1f} epochs")
+            f"{settings.batch_size * settings.context:,} tokens, {steps / per_epoch:.1f} epochs; "
+            f"about {memory_of_a_run(run, V, device) / 1e9:.1f} GB, at least {hours:.2g} hours")
 
-def report(runs: list[Run], corpus: Corpus, pairs: list[Pair]) -> None:
+def describe_cost(run: Run, V: int, steps: int, seconds: float, device: str) -> str:
+    """What training a run has cost: time, speed, and how near that is to bare products here."""
+    settings, dtype = run.settings, step_dtype(run.settings, device)
+    speed = flops_of_a_step(run, V) * steps / seconds
+    share, tokens = speed / products_speed(device, dtype), settings.batch_size * settings.context
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resource and 1024 ** (
+        sys.platform != "darwin") * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (f"{run.name}: {steps:,} steps in {seconds / 60:.1f} minutes, "
+            f"{steps * tokens / seconds:,.0f} tokens/s, {speed / 1e12:.2g} TFLOP/s or {share:.0%} "
+            f"of what large products in {str(dtype).removeprefix('torch.')} reach"
+            + f", {(peak or 0) / 1e9:.2f} GB at the peak" * bool(peak))
+
+def print_results(runs: list[Run], corpus: Corpus, pairs: list[Pair], device: str) -> None:
     """Print what the models have learnt, side by side, and where they lie."""
-    results = {}
+    results, losses = {}, []
     for run in runs:
-        results[run.name], scores = evaluate(run.model, corpus.vocabulary, pairs,
+        model, _ = load_model(run.out, device)
+        results[run.name], scores = evaluate(model, corpus.vocabulary, pairs,
                                              f"scoring the {run.name}")
         if run.settings:
             keep_scores(run.out, "blimp", pairs, scores)
+        losses.append(held_out_loss(model, corpus.dev, runs[-1].settings))
     click.echo(pairs_table(results, paradigms=False) + "\n")
-    for run in runs:
-        loss = held_out_loss(run.model, corpus.dev, runs[-1].settings)
+    for run, loss in zip(runs, losses):
         shown = "" if loss is None else f", held-out loss {loss:.4f} nats a token"
         click.echo(f"{run.name:<9} {run.out}{shown}")
 
@@ -1916,6 +2277,15 @@ class Cli(click.Group):
 def cli() -> None:
     """Train a small language model, distil it from teachers, and score its grammar."""
 
+def join_processes(device: str) -> None:
+    """Join the processes that torchrun started, if it did: together they train one model."""
+    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("nccl" if device == "cuda" else "gloo",
+                                timeout=datetime.timedelta(hours=1))
+        click.get_current_context().call_on_close(dist.destroy_process_group)
+
 @cli.command("train")
 @click.option("-c", "--config", type=click.Path(path_type=Path), default=HOME / "configs/tiny.toml",
               show_default="configs/tiny.toml", help="TOML file of settings.")
@@ -1925,11 +2295,12 @@ def cli() -> None:
 @click.option("--teacher", "folders", type=click.Path(path_type=Path), multiple=True,
               help="A trained teacher, any Hugging Face folder of a LLaMA or GPT-2, in place of "
                    "the config's; twice for two.")
-@click.option("--overwrite", is_flag=True, help="Replace a finished run; it is gone at once.")
+@click.option("--resume", is_flag=True, help="Go on with interrupted runs from their checkpoints.")
+@click.option("--overwrite", is_flag=True, help="Replace a run; the old one is gone at once.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be trained; encodes the text.")
 @settings_flags
-def train_command(config: Path, out: Path | None, folders: tuple[Path, ...], overwrite: bool,
-                  dry_run: bool, **flags) -> None:
+def train_command(config: Path, out: Path | None, folders: tuple[Path, ...], resume: bool,
+                  overwrite: bool, dry_run: bool, **flags) -> None:
     """Train a model on text: alone, or as the student of one or two teachers.
 
     A teacher that the config describes is trained first, unless its folder holds it already.
@@ -1944,35 +2315,34 @@ def train_command(config: Path, out: Path | None, folders: tuple[Path, ...], ove
     out = out or Path("runs", name)
     need(not out.exists() or not any(out.iterdir()) or (out / "run.json").exists(),
          f"{out} already holds files that are no run: choose another --out.")
-    need(overwrite or dry_run or not (out / "model.safetensors").exists(), f"{out} already holds a "
-         "run: choose another --out, or add --overwrite to replace it.")
+    need(overwrite or resume or dry_run or not (out / "model.safetensors").exists(), f"{out} "
+         "already holds a run: choose another --out, or add --overwrite to replace it.")
     pairs = read_pairs(pairs, settings.sample)
-    corpus = read_corpus(settings, out.parent)
-    runs = [Run("", folder, None) for folder in folders]
-    runs += [Run("", teacher_folder(own, corpus, out.parent), own) for own in described]
-    for i, run in enumerate(runs, 1):
-        run.name = f"teacher {i}" if len(runs) > 1 else "teacher"
-        if run.settings is None or (run.out / "model.safetensors").exists():
-            run.model = load_teacher(run, corpus, device)
-    runs.append(Run("student" if runs else "model", out, settings))
-    need(len({run.out.resolve() for run in runs}) == len(runs), "two models would lie in one "
-         "folder: expected teachers of different settings, and --out to be neither.")
+    join_processes(device)
+    with first_process_first():
+        corpus = read_corpus(settings, out.parent)
+    runs = lay_out(out, list(folders), settings, described, corpus)
+    todo = [run for run in runs if not run.finished or overwrite and run is runs[-1]]
     for run in runs:
-        positions = (run.model.config if run.model else run.settings).positions
-        need(settings.context <= positions, f"{run.name}: --context {settings.context} is longer "
-             f"than what it takes, {positions}.")
-        encode_pairs(corpus.vocabulary, pairs, positions)
-    for line in [f"text      {settings.text}: {len(corpus.train):,} tokens, {len(corpus.dev):,} "
-                 f"held out, vocabulary {corpus.vocabulary.size:,}",
-                 *(describe_plan(run, corpus) for run in runs)]:
-        click.echo(line, err=not dry_run)
-    for run in runs if not dry_run else []:
-        teachers = runs[:-1] if run is runs[-1] else []
-        if teachers and settings.objective == "seqkd":
-            corpus = sampled_corpus(runs[0], corpus, settings, out.parent)
-        run.model = run.model or fit(run, corpus, teachers, device)
-    if not dry_run:
-        report(runs, corpus, pairs)
+        encode_pairs(corpus.vocabulary, pairs, check_run(run, settings.context, run in todo))
+        need(run not in todo or resume or overwrite or dry_run or not (run.out / "state.pt").exists(
+            ), f"{run.out} holds an interrupted run: add --resume to go on with it, or "
+            "--overwrite to begin again.")
+    click.echo("\n".join([
+        f"text      {settings.text}: {len(corpus.train):,} tokens, {len(corpus.dev):,} held out, "
+        f"vocabulary {corpus.vocabulary.size:,}",
+        *(describe_plan(run, corpus, device) if run in todo else
+          f"{run.name:<9} {run.out}: there already, used as it is" for run in runs)]),
+        err=not dry_run)
+    for run in todo if not dry_run else []:
+        if run.teachers and settings.objective == "seqkd":
+            with first_process_first():
+                corpus = sampled_corpus(runs[0], corpus, settings, out.parent, device)
+        with locked(run.out):
+            steps, seconds = fit(run, corpus, device, resume)
+        click.echo(describe_cost(run, corpus.vocabulary.size, steps, seconds, device), err=True)
+    if not dry_run and rank_and_size()[0] == 0:
+        print_results(runs, corpus, pairs, device)
 
 @cli.command("eval-blimp")
 @click.option("-m", "--model", "folder", type=click.Path(path_type=Path),
