@@ -108,19 +108,26 @@ def checked(field: dataclasses.Field, value, source: str):
     return field.type(value)
 
 @contextlib.contextmanager
+def naming(path: Path | str):
+    """Let an OSError within name the file; that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = str(path)
+        raise
+
+@contextlib.contextmanager
 def written_whole(path: Path):
     """A binary file to write to; `path` appears when it is complete and on the disk, or never."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        error.filename = str(path)                  # a full disk does not say of which file
-        raise
+        with naming(path):
+            with open(partial, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -160,7 +167,7 @@ class TextSettings:
     text: str = setting(f"{HOME}/data/tiny", "Folder of text: *.train, *.txt; UTF-8.", path=True)
     dev: str = setting("", "Folder of held-out text, *.dev, dev.txt; empty: the same.", path=True)
     tokenizer: str = setting("", "A tokenizer.json or its folder; empty: train one.", path=True)
-    vocab_size: int = setting(16_000, "V of the tokenizer, when one is trained.", low=259)
+    vocab_size: int = setting(16_000, "V of the tokenizer, when one is trained.", low=259, high=2**24)
     clean: bool = setting(False, "Clean BabyLM's files, each by its name, as BabyLlama did.")
     prefix: str = setting("line", "Where the text gets the <s> that scoring begins with.",
                           choices=("line", "document", "none"))
@@ -310,15 +317,19 @@ def encode_once(path: Path, vocabulary: Vocabulary, documents: list[list[str]], 
                 digests: dict[str, str]) -> np.ndarray:
     """The documents' ids, kept in the file at `path`: uint16, or uint32 for V above 65,536.
 
-    Its header names the text, the tokenizer and the size. Where the file is not there, or has
-    another header or size, the text is encoded: nothing is ever used that does not fit."""
+    Its header names the text, the tokenizer and the ids' digest. Where the file is not there, or
+    its header is not of these, the text is encoded: nothing is ever used that does not fit."""
     dtype = np.dtype(np.uint16 if vocabulary.size <= 2**16 else np.uint32)
-    facts = {"format": "choobaca ids 2", **digests, "prefix": prefix, "dtype": str(dtype)}
+
+    def header(ids: bytes) -> bytes:
+        facts = {"format": "choobaca ids 2", **digests, "prefix": prefix, "dtype": str(dtype),
+                 "sha256": hashlib.sha256(ids).hexdigest()}
+        return json.dumps(facts).ljust(HEADER).encode()
+
     whole = path.read_bytes() if path.exists() else b""
-    size = len(whole) - HEADER
-    if whole[:HEADER] != json.dumps({**facts, "bytes": size}).ljust(HEADER).encode():
+    if whole[:HEADER] != header(whole[HEADER:]):
         ids = encode(vocabulary, documents, prefix, dtype).tobytes()
-        whole = json.dumps({**facts, "bytes": len(ids)}).ljust(HEADER).encode() + ids
+        whole = header(ids) + ids
         with written_whole(path) as file:
             file.write(whole)
     return np.frombuffer(whole, dtype, offset=HEADER)
@@ -393,12 +404,12 @@ def batch_at(step: int, ids: np.ndarray, settings: BatchSettings) -> tuple[Tenso
 class ModelSettings:
     """The shape of a model: the defaults are the paper's student of 58M parameters."""
     model_type: str = setting("llama", "Architecture.", choices=("llama", "gpt2"))
-    width: int = setting(512, "C, the size of a hidden state.", low=1)
-    layers: int = setting(16, "Blocks of attention and feed-forward network.", low=1)
+    width: int = setting(512, "C, the size of a hidden state.", low=1, high=2**20)
+    layers: int = setting(16, "Blocks of attention and feed-forward network.", low=1, high=500)
     heads: int = setting(8, "H, the attention heads; each is D = C / H wide.", low=1)
     kv_heads: int = setting(0, "Heads of keys and values (LLaMA); 0: as many as heads.")
-    inner: int = setting(1024, "Width inside the feed-forward network.", low=1)
-    positions: int = setting(256, "Longest sequence the model takes, in tokens.", low=1)
+    inner: int = setting(1024, "Width inside the feed-forward network.", low=1, high=2**20)
+    positions: int = setting(256, "Longest sequence the model takes, in tokens.", low=1, high=2**24)
     rope_theta: float = setting(10_000.0, "Base of the rotary wavelengths (LLaMA).", low=1)
     norm_eps: float = setting(1e-6, "Added to the variance in a norm.")
     tied: bool = setting(False, "Use the embedding as the head.")
@@ -1069,7 +1080,7 @@ def from_hf_config(path: Path) -> tuple[ModelSettings, int]:
         field.name: checked(field, values[field.name], f"{path}: {HF_KEYS[kind][field.name][0]}")
         for field in fields(ModelSettings) if field.name in values})
     V, D = raw.get("vocab_size"), config.width // config.heads
-    need(type(V) is int and 0 < V < 2**31, f"{path}: vocab_size is {V!r}: expected a size.")
+    need(type(V) is int and 0 < V < 2**24, f"{path}: vocab_size is {V!r}: expected a size.")
     need(raw.get("head_dim") in (None, D), f"{path}: head_dim is {raw.get('head_dim')}: expected "
          f"width / heads = {D}.")
     return config, V
@@ -1229,6 +1240,15 @@ def step_dtype(settings: Settings, device: str) -> torch.dtype:
 def rank_and_size() -> tuple[int, int]:
     """This process's number, and how many train this model together: torchrun starts several."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+def clock(seconds: float) -> str:
+    """1:02:03"""
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+def say(text: str, err: bool = True) -> None:
+    """Print to stderr, or stdout, what concerns all processes: the first one says it."""
+    if rank_and_size()[0] == 0:
+        click.echo(text, err=err)
 
 def sum_over_processes(tensors: list[Tensor]) -> None:
     """Put in the place of each tensor, all of one dtype, its sum over the processes.
@@ -1425,15 +1445,17 @@ class Journal:
     def __exit__(self, *_) -> None:
         self.bar.close()
         if self.log:
-            self.log.close()
+            with naming(self.log.name):
+                self.log.close()
 
     def seconds(self) -> float:
         return self.spent + time.perf_counter() - self.begin
 
     def write(self, line: dict) -> None:
         if self.log:
-            self.log.write(json.dumps(line) + "\n")
-            self.log.flush()
+            with naming(self.log.name):
+                self.log.write(json.dumps(line) + "\n")
+                self.log.flush()
 
     def add(self, step: int, row: Tensor, rates: dict) -> None:
         """Note what train_step returned for a step, counted from 1."""
@@ -1441,8 +1463,8 @@ class Journal:
         if len(self.waiting) == (20 if row.is_cuda else 1):
             self.settle()
         if step == self.first + 5:
-            left = (self.seconds() - self.spent) / 5 * (self.steps - step) / 60
-            self.bar.write(f"{self.run.name}: about {left:.1f} minutes", file=sys.stderr)
+            left = (self.seconds() - self.spent) / 5 * (self.steps - step)
+            say(f"\r{self.run.name}: about {clock(left)} to go")
 
     def settle(self) -> None:
         """Write what waits. Error: a loss or a gradient that is no finite number."""
@@ -1469,9 +1491,12 @@ class Journal:
         self.settle()
         if self.log:
             os.fsync(self.log.fileno())
+            parts = {name: part.state_dict() for name, part in progress._asdict().items()}
             with written_whole(self.run.out / "state.pt") as file:
-                parts = {name: part.state_dict() for name, part in progress._asdict().items()}
-                torch.save({"step": step, "seconds": self.seconds(), **parts}, file)
+                try:
+                    torch.save({"step": step, "seconds": self.seconds(), **parts}, file)
+                except RuntimeError as error:       # torch's own, over the disk's
+                    raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 def load_state(path: Path, steps: int, progress: Progress) -> tuple[int, float]:
     """The step and the seconds of a checkpoint, which it puts into progress. Error: damaged."""
@@ -1494,9 +1519,10 @@ def load_state(path: Path, steps: int, progress: Progress) -> tuple[int, float]:
 
 def need_same(run: Run, record: dict) -> None:
     """Error: an interrupted run was begun otherwise than run.json would have it now."""
-    before, free = read_json(run.out / "run.json"), {"save_minutes", "choobaca.py"} | {
+    before, free = read_json(run.out / "run.json"), {"save_minutes"} | {
         field.name for field in fields(Settings) if field.metadata["path"]}
-    for group, what in (("settings", "--{}"), ("digests", "the digest of {}")):
+    for group, what, free in (("settings", "--{}", free),
+                              ("digests", "the digest of {}", {"choobaca.py"})):
         old = before.get(group)
         need(isinstance(old, dict), f"{run.out}/run.json has no {group}: begin again, with "
              "--overwrite.")
@@ -1576,13 +1602,14 @@ def fit(run: Run, corpus: Corpus, device: str, resume: bool = False) -> tuple[in
                 journal.save(step + 1, progress)
                 saved = time.monotonic()
             if number and not last:
-                click.echo(f"{run.name}: stopped after step {step + 1:,} of {steps:,}, which is "
-                           "kept. To go on: the same command with --resume.", err=True)
+                say(f"{run.name}: stopped after step {step + 1:,} of {steps:,}, which is kept. To "
+                    "go on: the same command with --resume.")
                 sys.exit(128 + number)
         with first_process_first():
             if rank == 0:
                 save_model(run.out, model, corpus.vocabulary)
-                (run.out / "state.pt").unlink(missing_ok=True)
+                for name in ("state.pt", "state.pt.partial"):       # a killed run may leave both
+                    (run.out / name).unlink(missing_ok=True)
     return steps - first, journal.seconds() - spent
 
 @torch.no_grad()
@@ -2190,23 +2217,24 @@ def memory_of_a_run(run: Run, V: int, device: str) -> int:
 
 def products_speed(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of large products, the best of four."""
-    a, seconds = torch.ones(2048, 2048, device=device, dtype=dtype), []
+    n, seconds = 8192 if device == "cuda" else 1024, []
+    a = torch.ones(n, n, device=device, dtype=dtype)
     for _ in range(4):
         begin = time.perf_counter()
         (a @ a)[0, 0].item()
         seconds.append(time.perf_counter() - begin)
-    return 2 * 2048**3 / min(seconds)
+    return 2 * n**3 / min(seconds)
 
 def describe_plan(run: Run, corpus: Corpus, device: str) -> str:
     """What will be trained: size, loss, steps, tokens, and what that will at least cost here."""
     settings, (steps, per_epoch) = run.settings, count_steps(len(corpus.train), run.settings)
     V, dtype = corpus.vocabulary.size, step_dtype(settings, device)
     size = count_parameters(empty_model(settings, V))
-    hours = flops_of_a_step(run, V) * steps / products_speed(device, dtype) / 3600
+    least = flops_of_a_step(run, V) * steps / products_speed(device, dtype)
     return (f"{run.name:<9} {run.out}: {settings.model_type}, {size:,} parameters, "
             f"{describe_loss(settings)}, {steps:,} steps of "
             f"{settings.batch_size * settings.context:,} tokens, {steps / per_epoch:.1f} epochs; "
-            f"about {memory_of_a_run(run, V, device) / 1e9:.1f} GB, at least {hours:.2g} hours")
+            f"about {memory_of_a_run(run, V, device) / 1e9:.1f} GB, at least {clock(least)}")
 
 def describe_cost(run: Run, V: int, steps: int, seconds: float, device: str) -> str:
     """What training a run has cost: time, speed, and how near that is to bare products here."""
@@ -2215,7 +2243,7 @@ def describe_cost(run: Run, V: int, steps: int, seconds: float, device: str) -> 
     share, tokens = speed / products_speed(device, dtype), settings.batch_size * settings.context
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else resource and 1024 ** (
         sys.platform != "darwin") * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return (f"{run.name}: {steps:,} steps in {seconds / 60:.1f} minutes, "
+    return (f"{run.name}: {steps:,} steps in {clock(seconds)}, "
             f"{steps * tokens / seconds:,.0f} tokens/s, {speed / 1e12:.2g} TFLOP/s or {share:.0%} "
             f"of what large products in {str(dtype).removeprefix('torch.')} reach"
             + f", {(peak or 0) / 1e9:.2f} GB at the peak" * bool(peak))
@@ -2262,7 +2290,8 @@ def choose_device(name: str) -> str:
     return name if name != "auto" else "cuda" if there else "cpu"
 
 class Cli(click.Group):
-    """The commands. A file that cannot be read or written is one sentence, whoever met it."""
+    """The commands. What any of them may meet, a file that cannot be read or written and memory
+    that runs out, is one sentence."""
 
     def invoke(self, ctx: click.Context):
         try:
@@ -2270,6 +2299,11 @@ class Cli(click.Group):
         except OSError as error:
             need(isinstance(error, BrokenPipeError), f"{error.filename or 'A file'}: "
                  f"{error.strerror}. Check the path, the permissions and the room on the disk.")
+            raise
+        except (MemoryError, RuntimeError) as error:
+            need(not isinstance(error, (MemoryError, torch.OutOfMemoryError))
+                 and "DefaultCPUAllocator" not in str(error), "out of memory: in training, lower "
+                 "--micro-batch (rows at once), then --chunk; else take a smaller model or sample.")
             raise
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"],
@@ -2310,7 +2344,7 @@ def train_command(config: Path, out: Path | None, folders: tuple[Path, ...], res
     settings, described = read_settings(config, flags, list(folders))
     device, pairs = choose_device(settings.device), Path(settings.pairs or default_pairs())
     for flag in idle_flags(settings, flags):
-        click.echo(f"{flag} has no part in --objective {settings.objective}.", err=True)
+        say(f"{flag} has no part in --objective {settings.objective}.")
     name = f"{config.stem}-{settings.objective}-{settings.teachers}-seed{settings.seed}"
     out = out or Path("runs", name)
     need(not out.exists() or not any(out.iterdir()) or (out / "run.json").exists(),
@@ -2328,7 +2362,7 @@ def train_command(config: Path, out: Path | None, folders: tuple[Path, ...], res
         need(run not in todo or resume or overwrite or dry_run or not (run.out / "state.pt").exists(
             ), f"{run.out} holds an interrupted run: add --resume to go on with it, or "
             "--overwrite to begin again.")
-    click.echo("\n".join([
+    say("\n".join([
         f"text      {settings.text}: {len(corpus.train):,} tokens, {len(corpus.dev):,} held out, "
         f"vocabulary {corpus.vocabulary.size:,}",
         *(describe_plan(run, corpus, device) if run in todo else
@@ -2340,7 +2374,7 @@ def train_command(config: Path, out: Path | None, folders: tuple[Path, ...], res
                 corpus = sampled_corpus(runs[0], corpus, settings, out.parent, device)
         with locked(run.out):
             steps, seconds = fit(run, corpus, device, resume)
-        click.echo(describe_cost(run, corpus.vocabulary.size, steps, seconds, device), err=True)
+        say(describe_cost(run, corpus.vocabulary.size, steps, seconds, device))
     if not dry_run and rank_and_size()[0] == 0:
         print_results(runs, corpus, pairs, device)
 

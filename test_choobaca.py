@@ -6,13 +6,18 @@ compare with Hugging Face's transformers are skipped where it is not installed.
 
 import ast
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
 import math
 import os
+import random
 import re
+import resource
 import shlex
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -162,7 +167,7 @@ def test_prefix_setting(vocabulary, prefix, expected):
 
 
 def test_without_a_prefix_the_ids_are_babyllamas(vocabulary):
-    """Those of the whole text at once, where only the first word gets a space, as far as it goes."""
+    """Those of the whole text at once, in which no line but the first begins with a space."""
     text = "A dog.\nIt ran, didn't it?\n«No!»\n"
     whole = tokenizers.Tokenizer.from_str(vocabulary.tokenizer.to_str())
     whole.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -231,8 +236,11 @@ def test_ids_are_made_again_when_anything_changed(tmp_path, vocabulary):
         (tmp_path / "x.ids").write_bytes(damaged)
         ids("Two dogs.", {"text": "2"})
         assert (tmp_path / "x.ids").read_bytes() == whole
-    header = json.loads(whole[: c.HEADER])
-    assert header["bytes"] == len(whole) - c.HEADER and header["text"] == "2"
+    flipped = bytes([*whole[:-1], whole[-1] ^ 1])
+    (tmp_path / "x.ids").write_bytes(flipped)
+    ids("Two dogs.", {"text": "2"})
+    assert (tmp_path / "x.ids").read_bytes() == whole
+    assert json.loads(whole[: c.HEADER])["text"] == "2"
 
 
 # -----------------------------------------------------------------------------
@@ -1195,7 +1203,7 @@ def test_a_run_says_what_it_is(tmp_path):
         "train", "-c", brief_config(tmp_path), "-o", tmp_path / "run", "--prefix", "document"
     )
     assert (
-        "parameters" in result.stderr and "minutes" in result.stderr and "held out" in result.stderr
+        "parameters" in result.stderr and "to go" in result.stderr and "held out" in result.stderr
     )
     assert "mean of 20 paradigms" in result.stdout and str(tmp_path / "run") in result.stdout
     record = json.loads((tmp_path / "run/run.json").read_text())
@@ -1303,6 +1311,206 @@ def test_a_process_that_dies_ends_the_others(tmp_path):
     assert first.wait(60) == 1
     text = (tmp_path / "rank0.txt").read_text()
     assert "another process of this run has ended" in text and "Traceback" not in text
+
+
+# Trains, is killed at a random moment, goes on, 25 times; files are written slowly. Children are
+# forked, for to import torch takes longer than all the rest.
+KILLER = """
+import glob, os, random, signal, sys, time
+import choobaca as c
+
+fsync, draw, out = os.fsync, random.Random(int(sys.argv[1])), sys.argv[2]
+os.fsync = lambda file: (time.sleep(0.03 * (kills < 25)), fsync(file))
+files = os.path.dirname(out) + "/*/*"
+kills = writing = status = 0
+while True:
+    begin, pid = time.time(), os.fork()
+    if pid == 0:
+        sys.stdout = sys.stderr = open(os.devnull, "w")
+        c.cli(sys.argv[3:] + ["--out", out, "--resume"])
+    if kills < 25:
+        while not any(os.path.getmtime(log) > begin for log in glob.glob(files + "log.jsonl")):
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.4))
+        os.kill(pid, signal.SIGKILL)
+        kills += 1
+    status = os.waitpid(pid, 0)[1]
+    writing += os.WIFSIGNALED(status) and bool(glob.glob(files + "state.pt.partial"))
+    if not os.WIFSIGNALED(status):
+        break
+print(status, kills, writing)
+"""
+
+
+@pytest.mark.parametrize("teachers", [0, 2])
+def test_killed_at_any_moment_a_run_ends_as_it_would_have(tmp_path, teachers):
+    """25 times, some of them while a checkpoint is written: the same weights, to the byte, and the
+    same log. Without teachers, with accumulation; with two, of which one has dropout."""
+    extra = 'objective = "rkl"' if teachers else "micro_batch = 2"
+    config = brief_config(tmp_path, extra)
+    args = ["train", "-c", str(config), "--steps", "100", "--eval-every=7", "--save-minutes=0"]
+    args += ["--teachers", "2"] if teachers else ["--objective", "ce", "--steps", "300"]
+    run = dict(
+        cwd=HOME, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    whole = [sys.executable, "choobaca.py", *args, "--out", tmp_path / "whole/run"]
+    assert subprocess.run(whole, **run).returncode == 0
+    (text,) = (tmp_path / "whole").glob("text-*")
+    shutil.copytree(text, tmp_path / "killed" / text.name)
+    killed = [sys.executable, "-c", KILLER, "1", str(tmp_path / "killed/run"), *args]
+    done = subprocess.run(killed, **run, timeout=300)
+    status, kills, writing = map(int, done.stdout.split())
+    assert (status, kills) == (0, 25) and writing >= 3, (done.stdout, done.stderr)
+    for folder in sorted((tmp_path / "whole").iterdir()):
+        other = tmp_path / "killed" / folder.name
+        assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in other.iterdir())
+        if not folder.name.startswith("text"):
+            for name in ("model.safetensors", "config.json", "tokenizer.json"):
+                assert (folder / name).read_bytes() == (other / name).read_bytes()
+            assert history(folder) == history(other)
+
+
+def test_a_signal_ends_a_run_after_the_step_and_resume_goes_on(tmp_path, monkeypatch):
+    """130 for Ctrl-C, 143 for SIGTERM; what was learnt is kept, a changed flag is named."""
+    config, out = brief_config(tmp_path), tmp_path / "runs/x"
+    invoke("train", "-c", config, "-o", tmp_path / "whole/x")
+    args, step = ["train", "-c", config, "-o", out], c.train_step
+    for number, after, code in ((signal.SIGINT, 2, 130), (signal.SIGTERM, 2, 143)):
+        taken = []
+
+        def signalled(*rest):
+            taken.append(step(*rest))
+            if len(taken) == after:
+                os.kill(os.getpid(), number)
+            return taken[-1]
+
+        monkeypatch.setattr(c, "train_step", signalled)
+        result = invoke(*args, *["--resume"] * (number == signal.SIGTERM), code=code)
+        done = after * (1 + (number == signal.SIGTERM))
+        assert f"stopped after step {done} of 6" in result.stderr and "--resume" in result.stderr
+        assert len(taken) == after and (out / "state.pt").exists() and len(history(out)) == done
+        assert signal.getsignal(number) not in (signalled, None)
+    monkeypatch.setattr(c, "train_step", step)
+    assert "holds an interrupted run: add --resume" in invoke(*args, code=1).stderr
+    changed = invoke(*args, "--resume", "--lr", "0.5", code=1).stderr
+    assert f"--lr is 0.5, but {out} was begun with 0.003" in changed
+    other = tmp_path / "other"
+    shutil.copytree(TINY, other)
+    (other / "train.txt").write_text((TINY / "train.txt").read_text() + "a dog\n")
+    assert "the digest of text" in invoke(*args, "--resume", "--text", other, code=1).stderr
+    before = (out / "state.pt").read_bytes()
+    (out / "state.pt").write_bytes(before[: len(before) // 2])
+    assert "state.pt is damaged" in invoke(*args, "--resume", code=1).stderr
+    (out / "state.pt").write_bytes(before)
+    result = invoke(*args, "--resume")
+    assert "mean of 20" in result.stdout and not (out / "state.pt").exists()
+    one, other = (f / "model.safetensors" for f in (out, tmp_path / "whole/x"))
+    assert one.read_bytes() == other.read_bytes() and history(out) == history(tmp_path / "whole/x")
+    assert "there already" in invoke(*args, "--resume").stderr
+    assert "add --overwrite" in invoke(*args, code=1).stderr
+
+
+def test_fp16_goes_on_with_its_loss_scale(tmp_path, monkeypatch):
+    """Its checkpoint holds the scale, too: from 2^20 it falls, and not in the same place twice."""
+    scaler = torch.amp.GradScaler
+    large = functools.partial(scaler, init_scale=2.0**40)
+    monkeypatch.setattr(torch.amp, "GradScaler", large)
+    config, step = brief_config(tmp_path), c.train_step
+    args = ["train", "-c", config, "--precision", "fp16", "--steps", "12"]
+    invoke(*args, "-o", tmp_path / "whole")
+    taken = []
+
+    def stopped(*rest):
+        taken.append(step(*rest))
+        if len(taken) == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return taken[-1]
+
+    monkeypatch.setattr(c, "train_step", stopped)
+    invoke(*args, "-o", tmp_path / "part", code=130)
+    invoke(*args, "-o", tmp_path / "part", "--resume")
+    assert not all(math.isfinite(line.get("norm", 0)) for line in history(tmp_path / "whole"))
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "part" / name).read_bytes()
+
+
+def test_two_processes_stop_and_go_on_as_one(tmp_path):
+    """SIGTERM to one of them ends both after the same step, and what they learn is the same."""
+    args = ["-c", brief_config(tmp_path), "--steps", "400"]
+    for process in processes(tmp_path, *args, "-o", tmp_path / "whole"):
+        assert process.wait(300) == 0
+    first, second = processes(tmp_path, *args, "-o", tmp_path / "part")
+    while not (tmp_path / "part/log.jsonl").exists() or not history(tmp_path / "part"):
+        time.sleep(0.05)
+    second.send_signal(signal.SIGTERM)
+    assert (first.wait(60), second.wait(60)) == (143, 143), (tmp_path / "rank0.txt").read_text()
+    assert 0 < len(history(tmp_path / "part")) < 400
+    for process in processes(tmp_path, *args, "-o", tmp_path / "part", "--resume"):
+        assert process.wait(300) == 0, (tmp_path / "rank0.txt").read_text()
+    one, other = (tmp_path / name / "model.safetensors" for name in ("whole", "part"))
+    assert one.read_bytes() == other.read_bytes()
+    assert history(tmp_path / "whole") == history(tmp_path / "part")
+
+
+@pytest.mark.skipif(c.fcntl is None, reason="no locks here")
+def test_a_second_process_in_a_run_is_refused(tmp_path):
+    config, out = brief_config(tmp_path), tmp_path / "run"
+    with c.locked(out):
+        (out / "run.json").write_text("{}")
+        code = f"import choobaca as c; c.cli(['train', '-c', {str(config)!r}, '-o', {str(out)!r}])"
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=HOME, capture_output=True, text=True)
+        assert done.returncode == 1 and "another process is training this run" in done.stderr
+    invoke("train", "-c", config, "-o", out)
+
+
+def limited(args: list, limit: int, folder: Path) -> subprocess.CompletedProcess:
+    """A command whose files may not grow beyond `limit` bytes, as on a disk that is full."""
+    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
+    code += "; import choobaca as c, sys; c.cli(sys.argv[1:])"
+    command = [sys.executable, "-c", code, *map(str, args)]
+    return subprocess.run(command, cwd=HOME, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.skipif(c.resource is None, reason="no limits here")
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    """Checkpoints that are too large for it, then a log; what was there stays, and goes on."""
+    config, out, step = brief_config(tmp_path), tmp_path / "run", c.train_step
+    args = ["train", "-c", config, "-o", out, "--save-minutes", "0"]
+    invoke(*args[:-2], "-o", tmp_path / "whole")
+
+    def stopped(*rest):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(*rest)
+
+    monkeypatch.setattr(c, "train_step", stopped)
+    invoke(*args, code=130)
+    monkeypatch.setattr(c, "train_step", step)
+    before = (out / "state.pt").read_bytes()
+    for limit, name in ((len(before) // 2, "state.pt"), (200, "log.jsonl")):
+        done = limited([*args, "--resume"], limit, out)
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        assert name in done.stderr and "room on the disk" in done.stderr, done.stderr
+        assert (out / "state.pt").read_bytes() == before
+        assert not (out / "state.pt.partial").exists()
+    invoke(*args, "--resume")
+    assert history(out) == history(tmp_path / "whole")
+    names = (out / "model.safetensors", tmp_path / "whole/model.safetensors")
+    assert names[0].read_bytes() == names[1].read_bytes()
+
+
+def test_memory_that_runs_out_names_the_flag(tmp_path, monkeypatch):
+    for error in (
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate"),
+    ):
+        monkeypatch.setattr(c, "train_step", lambda *_, error=error: (_ for _ in ()).throw(error))
+        args = ["train", "-c", brief_config(tmp_path), "-o", tmp_path / "run", "--overwrite"]
+        assert "--micro-batch" in invoke(*args, code=1).stderr
+    monkeypatch.setattr(c, "train_step", lambda *_: {}["a fault of ours"])
+    with pytest.raises(KeyError):
+        CliRunner().invoke(c.cli, [str(a) for a in args], catch_exceptions=False)
 
 
 # -----------------------------------------------------------------------------
@@ -1962,6 +2170,95 @@ def test_a_config_that_we_do_not_build_is_one_sentence(saved, change, wanted):
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | change))
     assert wanted in invoke("eval-blimp", "-m", saved, "-d", TINY / "blimp", code=1).stderr
+
+
+NUMBERS = ["0", "-1", "1", "3", "64", "257", "65536", "2147483647", "2147483648", "1" + "0" * 20]
+NUMBERS += ["1e400", "-1e-400", "NaN", "0.5", "true", "null", '"x"', "[]", "{}", "[" * 2000]
+PIECES = [b"\0", b"\xff", b"\n", b'"', b"{", b"}", b",", b"\\u0000", b"\\ud800", b"../", b"x" * 999]
+
+
+def mutated(content: bytes, draw: random.Random, text: range) -> bytes:
+    """Changed in one to three places, most often where the file is text: bytes, numbers, pieces."""
+    content = bytearray(content)
+    for _ in range(draw.choice([1, 1, 2, 3])):
+        place = draw.choice(text) if draw.random() < 0.8 else draw.randrange(len(content))
+        kind, size = draw.randrange(6), draw.choice([1, 2, 8, 100])
+        numbers = [m for m in re.finditer(rb"-?\d+(\.\d+)?", content[text.start : text.stop])]
+        if kind == 0:
+            content[place % max(1, len(content))] = draw.randrange(256)
+        elif kind == 1:
+            del content[place : place + size]
+        elif kind == 2:
+            content[place:place] = draw.choice(PIECES)
+        elif kind == 3:
+            content[place:place] = content[place : place + size]
+        elif kind == 4 and numbers:
+            m = draw.choice(numbers)
+            start, end = (text.start + edge for edge in m.span())
+            content[start:end] = draw.choice(NUMBERS).encode()
+        elif kind == 5 and draw.random() < 0.3:
+            del content[place:]
+        content = content or bytearray(b" ")
+    return bytes(content)
+
+
+def test_no_mutated_file_gets_through_or_brings_it_down(tmp_path, saved, vocabulary, monkeypatch):
+    """20,000 files: each is read as one that is sound, or refused in one sentence, within a second
+    and without taking more memory than a small factor of its size."""
+    config = brief_config(tmp_path)
+    pairs = [(f"The dog number {i} runs.", f"The dog number {i} run.") for i in range(4)]
+    write_pairs(tmp_path / "pairs", "a.jsonl", pairs)
+    loaded, scores = c.read_pairs(tmp_path / "pairs"), np.array([[-1.5, -2.0]] * 4)
+    c.keep_scores(saved, "blimp", loaded, scores)
+    (kept,) = saved.glob("blimp-*.jsonl")
+    ids, text = tmp_path / "x.ids", [["A dog."]]
+    facts = {"text": "1", "tokenizer": "2"}
+    first = c.encode_once(ids, vocabulary, text, "line", facts).tolist()
+    m = model(V=60)
+    progress = c.Progress(m, c.make_optimizer(m, settings()), torch.amp.GradScaler(enabled=False))
+    c.train_step(m, progress.optimizer, None, *[torch.zeros(2, 8).long()] * 2, settings(), 1.0)
+    parts = {name: part.state_dict() for name, part in progress._asdict().items()}
+    torch.save({"step": 3, "seconds": 1.0, **parts}, tmp_path / "state.pt")
+
+    def same_ids():
+        assert c.encode_once(ids, vocabulary, text, "line", facts).tolist() == first
+
+    weights = (saved / "model.safetensors").read_bytes()
+    head = range(8, 8 + int.from_bytes(weights[:8], "little"))
+    cases = [  # how many, the file, where it is text, what reads it
+        (5000, saved / "model.safetensors", head, lambda: c.load_model(saved, "cpu")),
+        (4000, saved / "config.json", None, lambda: c.load_model(saved, "cpu")),
+        (2000, saved / "tokenizer.json", None, lambda: c.load_vocabulary(saved)),
+        (1000, saved / "tokenizer_config.json", None, lambda: c.load_vocabulary(saved)),
+        (3000, tmp_path / "pairs/a.jsonl", None, lambda: c.read_pairs(tmp_path / "pairs")),
+        (1500, kept, None, lambda: c.read_scores(kept)),
+        (3000, config, None, lambda: c.read_settings(config, NO_FLAGS, [])),
+        (300, ids, range(c.HEADER), same_ids),
+        (200, tmp_path / "state.pt", None, lambda: c.load_state(tmp_path / "state.pt", 9, progress)),
+    ]
+    draw, outcomes = random.Random(0), {}
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for count, path, where, read in cases:
+        whole = path.read_bytes()
+        for _ in range(count):
+            content = mutated(whole, draw, where or range(len(whole)))
+            path.write_bytes(content)
+            begin, outcome = time.perf_counter(), "read"
+            try:
+                read()
+            except (click.ClickException, OSError) as error:
+                outcome = "refused"
+                message = getattr(error, "message", "one line")
+                assert len(message.splitlines()) == 1, (path, message)
+            except BaseException as error:
+                (tmp_path / "culprit").write_bytes(content)
+                raise AssertionError(f"{path.name}: {error!r}; see {tmp_path}/culprit") from error
+            assert time.perf_counter() - begin < 1, (path, content[:2000])
+            outcomes[path.name, outcome] = outcomes.get((path.name, outcome), 0) + 1
+        path.write_bytes(whole)
+        read()
+    assert sum(outcomes.values()) == 20_000 and min(outcomes.values()) > 0, outcomes
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000, outcomes
 
 
 def test_bad_pairs_name_file_and_line(saved, tmp_path):
