@@ -42,18 +42,22 @@ import datetime
 import difflib
 import functools
 import hashlib
+import http.client
 import itertools
 import json
 import math
 import os
 import platform
 import re
-import shlex
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
+import urllib.request
+import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -151,10 +155,10 @@ def digest(*contents: bytes) -> str:
         total.update(len(content).to_bytes(8, "little") + content)
     return total.hexdigest()
 
-def file_digest(path: Path) -> str:
-    """The SHA-256 of a file, read piece by piece."""
+def file_digest(path: Path, kind: str = "sha256") -> str:
+    """The SHA-256, or another digest, of a file, read piece by piece."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, kind).hexdigest()
 
 # -----------------------------------------------------------------------------
 # 1. Text to tokens
@@ -215,6 +219,36 @@ def clean_text(text: str, domain: str) -> str:
         text = re.sub(pattern, new, text)
     return "\n".join(map(lower_capitals, text.split("\n"))) if domain == "qed" else text
 
+class Source(NamedTuple):
+    """A zip file on the net, and what is taken out of it."""
+    url: str
+    members: dict[str, str]     # our folder: how a member's path ends, its name there as the group
+    digest: str = ""            # its SHA-256, or MD5 where only that is known; empty: neither is
+
+OSF = "https://files.osf.io/v1/resources/ad7qg/providers/osfstorage/66358ec34664da20a0ed6acc/?zip="
+SOURCES = {                     # what `download` knows: its folder in data/, and where it is from
+    "babylm-2023": [Source("https://github.com/babylm/babylm.github.io/raw/main/babylm_data.zip",
+                           {"train_10M": r"babylm_10M/(\w+\.train)",
+                            "dev": r"babylm_dev/(\w+\.dev)"},
+                           "1337771192c61fa38c7eca2ef535f568c19270789b114fe7c60fe23e4314ab57")],
+    "babylm-2024": [Source("https://osf.io/download/5mk3x/", {"train_10M": r"(\w+\.train)"},
+                           "dc67e5d2db96ed4f76cb072e2504a18c"),
+                    Source("https://osf.io/download/m48ed/", {"dev": r"(\w+\.dev)"})],
+    "blimp": [Source("https://github.com/alexwarstadt/blimp/raw/"
+                     "3e56b06fcabca9b30822fc66435fca6b1aa40bb1/BLiMP.zip",
+                     {"": r"data/(\w+\.jsonl)"},
+                     "172a1a714d72e72a89e8384dd531483f3d0f8a9aee3d33dccaf7992d8cecbb73")],
+    "blimp-filtered": [Source(OSF, {"": r"blimp_filtered/(\w+\.jsonl)"})],
+    "supplement": [Source(OSF, {"": r"supplement_filtered/(\w+\.jsonl)"})],
+}
+
+def how_to_get(folder: Path) -> str:
+    """What a message about a missing folder ends with: the command, if there is one for it."""
+    for name in SOURCES:
+        if Path(os.path.realpath(folder)).is_relative_to(os.path.realpath(HOME / "data" / name)):
+            return f" To get it, run python choobaca.py download {name}."
+    return ""
+
 def read_lines(path: Path, clean: bool = False) -> list[str]:
     """A document: the lines of a UTF-8 file, stripped, without the empty ones.
 
@@ -231,7 +265,8 @@ def read_lines(path: Path, clean: bool = False) -> list[str]:
 
 def read_documents(folder: Path, names: str, clean: bool = False) -> list[list[str]]:
     """The documents of the files whose names match, in the order of their names."""
-    need(folder.is_dir(), f"{folder} is not a folder: expected one that holds text files.")
+    need(folder.is_dir(), f"{folder} is not a folder: expected one that holds text files."
+         + how_to_get(folder))
     return [read_lines(path, clean) for path in sorted(folder.iterdir())
             if re.fullmatch(names, path.name)]
 
@@ -1736,7 +1771,7 @@ def read_pairs(folder: Path, sample: int = 0, filtered: bool = False,
     """The pairs in a folder's *.jsonl, or about `sample` of them, the same share of each paradigm
     and one at least. Error: no such folder or file, a line that is no pair, two kinds of pairs."""
     need(folder.is_dir(), f"{folder} is not a folder: expected one of minimal pairs, *.jsonl: put "
-         "them there, or name another.")
+         "them there, or name another." + how_to_get(folder))
     paths = sorted(folder.glob("*.jsonl"))
     need(paths, f"{folder} holds no *.jsonl: expected a folder of minimal pairs.")
     pairs = [read_pair(line, path, number, contexts) for path in paths
@@ -2414,7 +2449,8 @@ def eval_blimp_command(folder: Path | None, data: Path | None, suite: str, filte
     several = suite == "all"
     folders = {name: data / name if data and several else data or default_pairs(name)
                for name in (SUITES if several else [suite])}
-    need(not data or data.is_dir(), f"{data} is not a folder: expected one of minimal pairs.")
+    need(not data or data.is_dir(), f"{data} is not a folder: expected one of minimal pairs."
+         + how_to_get(data or HOME))
     for name in [name for name in folders if several and not any(folders[name].glob("*.jsonl"))]:
         click.echo(f"{folders.pop(name)} holds no *.jsonl: {name} is left out.", err=True)
     need(folders, f"{data} holds none of {', '.join(SUITES)}: expected folders of minimal pairs.")
@@ -2494,6 +2530,134 @@ def configs_command(as_json: bool) -> None:
              for path in sorted((HOME / "configs").glob("*.toml"))}
     table = "\n".join(f"{name:<26} {words}" for name, words in found.items())
     click.echo(json.dumps(found, indent=2) if as_json else table)
+
+PIECE, ROOM = 2**16, 4 * 10**9      # bytes: held at once, and unpacked at most from an archive
+
+def receive(url: str, path: Path):
+    """What lies at an address, without what `path` has of it: pieces of (where it belongs, bytes).
+
+    All of it where the server knows no ranges. Error: it does not answer in 30 seconds, refuses, or
+    sends less than it said it would."""
+    have, at, total = path.stat().st_size, 0, None
+    # The last byte is asked for again: after the end of a whole file a server has nothing to send.
+    headers = {"User-Agent": "choobaca"} | ({"Range": f"bytes={have - 1}-"} if have else {})
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers),
+                                    timeout=30) as reply:
+            total, place = reply.length, reply.headers["Content-Range"]
+            if reply.status == 206:
+                numbers = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", place or "")
+                if not numbers or int(numbers[1]) > have:
+                    raise ValueError(f"{place!r} is not the range asked for")
+                at, total = map(int, numbers.groups())
+            piece = None
+            with tqdm(desc=url.split("/")[2], initial=at, total=total, unit="B", unit_scale=True,
+                      leave=False) as bar:
+                while piece != b"":
+                    piece = reply.read(PIECE)
+                    yield at, piece
+                    at += len(piece)
+                    bar.update(len(piece))
+            if total not in (None, at):
+                raise ConnectionError("the connection was closed")
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if getattr(error, "code", 0) == 416:                # there is less of it than we have
+            os.truncate(path, 0)
+        reason, of = " ".join(str(error).strip("<>").split()), f" of {total:,}" if total else ""
+        raise click.ClickException(
+            f"{url} broke off after {at:,}{of} bytes: {reason}. Run this again to go on." if at else
+            f"{url} cannot be read: {reason}. Run this again, or put the file there by hand: "
+            f"{path.with_suffix('')}.")
+
+def fetch(source: Source, path: Path) -> None:
+    """Load an archive, or what an earlier call left to be loaded; one put there by hand is taken.
+
+    Error: those of `receive`, after which a next call goes on; another digest than the source's."""
+    partial, file = path.with_name(path.name + ".partial"), path
+    if not path.exists():
+        file = partial
+        with naming(partial), open(partial, "ab") as out:
+            for at, piece in receive(source.url, partial):
+                out.truncate(at)
+                out.write(piece)
+    kind = "md5" if len(source.digest) == 32 else "sha256"
+    found = source.digest and file_digest(file, kind)
+    if found != source.digest:
+        partial.unlink(missing_ok=True)
+        raise click.ClickException(
+            f"{file} of {source.url} has the {kind} {found}: expected {source.digest}. What was "
+            f"loaded is removed: run this again, with the right file or none as {path}.")
+    file.replace(path)
+
+def archive_pieces(path: Path, members: dict[str, str]):
+    """What is wanted of a zip file, in pieces of (path on disk, bytes).
+
+    That path is a key of `members` and its pattern's group, no more: it leads nowhere else. Error:
+    no whole zip file, a link, two files of one name, more than ROOM bytes, nothing for a key."""
+    found, room = {folder: set() for folder in members}, ROOM
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for info, folder in itertools.product(archive.infolist(), members):
+                match = re.fullmatch("(?:.*/)?" + members[folder], info.filename)
+                if not match:
+                    continue
+                # By other methods than deflate a piece may unpack to more than the memory holds.
+                plain = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+                need(plain and not stat.S_ISLNK(info.external_attr >> 16)
+                     and match[1] not in found[folder], f"{path}: {match[1]} is a link, or there "
+                     "twice, or not deflated: expected one plain file. Delete the archive and run "
+                     "this again.")
+                found[folder].add(match[1])
+                with archive.open(info) as member:
+                    for piece in itertools.chain([b""], iter(lambda: member.read(PIECE), b"")):
+                        room -= len(piece)
+                        need(room >= 0, f"{path} unpacks to more than {ROOM:,} bytes: expected "
+                             "text. Delete it and run this again.")
+                        yield Path(folder, match[1]), piece
+    except click.ClickException:
+        raise
+    except Exception as error:                      # a damaged archive raises a dozen kinds
+        raise click.ClickException(f"{path} cannot be unpacked: {str(error) or 'it is cut off'}. "
+                                   "Delete it and run this again.")
+    need(all(found.values()), f"{path} does not hold all of {', '.join(members.values())}: "
+         "expected another archive. Delete it and run this again.")
+
+def unpack(path: Path, members: dict[str, str], folder: Path) -> None:
+    """Write what is wanted of a zip file into a folder."""
+    for name, pieces in itertools.groupby(archive_pieces(path, members), lambda part: part[0]):
+        with written_whole(folder / name) as file:
+            file.writelines(piece for _, piece in pieces)
+
+@cli.command("download")
+@click.argument("name", type=click.Choice(list(SOURCES)))
+@click.option("-o", "--out", type=click.Path(path_type=Path),
+              help="The folder to make.  [default: data/NAME, where eval-blimp looks]")
+def download_command(name: str, out: Path | None) -> None:
+    """Fetch the text or the minimal pairs of that name from where they are published.
+
+    Interrupted, it goes on from there when it is run again. What is loaded and unpacked lies in a
+    folder beside, *.partial, until all is there.
+
+    \b
+    Example: python choobaca.py download babylm-2024"""
+    out = Path(os.path.realpath(out or HOME / "data" / name))
+    if out.is_file() or any(out.glob("*")):
+        return click.echo(f"{out} is there already: nothing to do. To load it anew, remove it.")
+    work = out.with_name(out.name + ".partial")
+    work.mkdir(parents=True, exist_ok=True)
+    archives = {work / f"{i}.zip": source for i, source in enumerate(SOURCES[name], 1)}
+    for path, source in archives.items():
+        fetch(source, path)
+    with tempfile.TemporaryDirectory(dir=work) as folder:
+        for path, source in archives.items():
+            unpack(path, source.members, Path(folder, name))
+        Path(folder, name).replace(out)
+    for path in work.glob("[0-9].zip*"):
+        path.unlink()
+    with contextlib.suppress(OSError):              # what else lies there is not ours
+        work.rmdir()
+    sizes = [path.stat().st_size for path in out.rglob("*") if path.is_file()]
+    click.echo(f"{out}: {len(sizes)} files, {sum(sizes):,} bytes")
 
 def measure(step, leaves: tuple[Tensor, ...]) -> tuple[float, int | None]:
     """Seconds of a step, by the clock or CUDA's events, and the bytes that it holds at its peak

@@ -4,10 +4,14 @@ Every fast version is held against the literal definition, in float64 where that
 compare with Hugging Face's transformers are skipped where it is not installed.
 """
 
+import _thread
 import ast
 import dataclasses
 import functools
+import hashlib
+import http.server
 import importlib.util
+import io
 import itertools
 import json
 import math
@@ -22,7 +26,11 @@ import socket
 import subprocess
 import sys
 import tarfile
+import threading
 import time
+import urllib.request
+import warnings
+import zipfile
 from pathlib import Path
 
 import choobaca as c
@@ -2367,6 +2375,381 @@ def test_a_teacher_with_another_vocabulary_is_refused(tmp_path, saved):
         code=1,
     )
     assert "has another vocabulary" in result.stderr and not (tmp_path / "out/run").exists()
+
+
+class Site(http.server.BaseHTTPRequestHandler):
+    """An address on this machine with `body`, which it gives in the way that the path says."""
+
+    body, asked, over, half = b"", [], threading.Event(), None
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, status: int, content: bytes = b"", **headers):
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def do_GET(self):
+        way, body, half = self.path.strip("/"), self.body, len(self.body) // 2
+        self.asked.append(self.headers["Range"])
+        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
+        if way == "missing":
+            self.send_error(404)
+        elif way in ("moved", "loop"):
+            self.answer(302, Location="/broken" if way == "moved" else "/loop")
+        elif way == "babble":
+            self.wfile.write(b"SSH-2.0-OpenSSH\r\n")
+        elif way == "silent":
+            self.over.wait(5)
+        elif way in ("unsized", "unsized-broken"):
+            self.protocol_version = "HTTP/1.1"
+            self.answer(200, b"%x\r\n%b\r\n" % (half, body[:half]), Transfer_Encoding="chunked")
+            if way == "unsized" or start:
+                self.wfile.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body) - half, body[half:]))
+            self.close_connection = True
+        elif start >= len(body) > 0:
+            self.answer(416, Content_Range=f"bytes */{len(body)}")
+        elif start and way != "deaf":
+            place = f"bytes {start + (way == 'astray') * 9}-{len(body) - 1}/{len(body)}"
+            self.answer(206, body[start:], Content_Range=place, Content_Length=len(body) - start)
+        elif way == "whole" or way == "deaf" and start:
+            self.answer(200, body, Content_Length=len(body))
+        else:
+            self.answer(200, body[:half], Content_Length=len(body))
+            if way == "interrupted":
+                while self.half.stat().st_size < c.PIECE:
+                    time.sleep(0.01)
+                _thread.interrupt_main()  # as Ctrl-C does
+            if way == "stalled":
+                self.over.wait(5)
+            for i in range(half, len(body), 5_000) if way in ("slow", "interrupted") else ():
+                time.sleep(0.01)
+                self.wfile.write(body[i : i + 5_000])
+
+
+def zipped(files: list, packed: int = zipfile.ZIP_DEFLATED, mode: int = 0o100644) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", packed) as made, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a name is there twice
+        for name, content in files:
+            info = zipfile.ZipInfo(name)
+            info.compress_type, info.external_attr = packed, mode << 16
+            made.writestr(info, content)
+    return buffer.getvalue()
+
+
+NOISE = {f"{name}.jsonl": np.random.default_rng(i).bytes(90_000) for i, name in enumerate("abc")}
+GOOD = zipped([(f"data/{name}", content) for name, content in NOISE.items()])
+SHA256 = hashlib.sha256(GOOD).hexdigest()
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+@pytest.fixture
+def download(tmp_path, monkeypatch):
+    """A function that runs the command on the site: nothing or everything is then there."""
+    monkeypatch.setenv("no_proxy", "*")
+    fresh = {"body": GOOD, "asked": [], "over": threading.Event()}
+    for name, value in {**fresh, "half": tmp_path / "pairs.partial/1.zip.partial"}.items():
+        monkeypatch.setattr(Site, name, value)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
+    server.handle_error = lambda *_: None  # that a client went away
+    threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+    (tmp_path / "mine").write_text("years")
+
+    def run(way: str = "whole", digest: str = "", code: int = 0) -> str:
+        url = way if "://" in way else f"http://127.0.0.1:{server.server_port}/{way}"
+        monkeypatch.setitem(c.SOURCES, "blimp", [c.Source(url, {"": r"data/(\w+\.jsonl)"}, digest)])
+        result = invoke("download", "blimp", "-o", tmp_path / "pairs", code=code)
+        there = files_in(tmp_path)
+        if not code:
+            assert there == {"mine": b"years"} | {f"pairs/{key}": NOISE[key] for key in NOISE}
+            assert not (tmp_path / "pairs.partial").exists()
+            return result.stdout
+        assert there.pop("mine") == b"years" and not (tmp_path / "pairs").exists()
+        assert set(there) <= {"pairs.partial/1.zip", "pairs.partial/1.zip.partial"}
+        assert result.stdout == ""
+        message = result.stderr.split("Error: ")[-1].strip()
+        assert url in message or "pairs.partial/1.zip" in message or "Aborted!" in message
+        assert "\n" not in message.split("Aborted!")[0].split("\r")[-1].strip()
+        return message
+
+    yield run
+    Site.over.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("digest", ["", SHA256, hashlib.md5(GOOD).hexdigest()])
+@pytest.mark.parametrize("way", ["whole", "unsized", "slow"])
+def test_a_download_is_loaded_once(download, way, digest):
+    assert "pairs: 3 files, 270,000 bytes" in download(way, digest)
+    assert "is there already" in download(way, digest)
+    assert Site.asked == [None]
+
+
+@pytest.mark.parametrize("digest", ["", SHA256])
+@pytest.mark.parametrize(
+    "way", ["broken", "moved", "interrupted", "stalled", "deaf", "unsized-broken"]
+)
+def test_a_broken_download_goes_on(download, way, digest, monkeypatch):
+    real, half = urllib.request.urlopen, len(GOOD) // 2
+
+    def impatient(request, timeout):
+        assert timeout == 30
+        return real(request, timeout=0.3)
+
+    monkeypatch.setattr(urllib.request, "urlopen", impatient)
+    message = download(way, digest, code=1)
+    if way == "interrupted":
+        assert "Aborted!" in message
+    else:
+        of = "" if way == "unsized-broken" else f" of {len(GOOD):,}"
+        wanted = rf" broke off after [\d,]+{of} bytes: .*Run this again to go on\.$"
+        assert re.search(wanted, message)
+    got = Site.half.read_bytes()
+    assert c.PIECE <= len(got) < len(GOOD) and GOOD.startswith(got)
+    assert way != "broken" or f"after {half:,} of" in message
+    download(way, digest)
+    assert set(Site.asked) == {None, f"bytes={len(got) - 1}-"}
+    assert len(Site.asked) == (4 if way == "moved" else 2)
+
+
+def test_what_an_earlier_download_left_is_never_trusted(download):
+    """Whole, too long, of another file, by hand: what comes out is the file, or a sentence."""
+    for left in (GOOD, GOOD + b"more", b"x" * 1_000, b""):
+        Site.half.parent.mkdir()
+        Site.half.write_bytes(left)
+        if left == GOOD + b"more":
+            assert "HTTP Error 416" in download(code=1)
+        if left == b"x" * 1_000:
+            message = download(digest=SHA256, code=1)
+            assert f"expected {SHA256}. What was loaded is removed" in message
+            assert files_in(Site.half.parent) == {}
+        download(digest=SHA256)
+        shutil.rmtree(Site.half.parent.with_name("pairs"))
+    Site.half.parent.mkdir()
+    Site.half.write_bytes(GOOD)
+    assert "is not the range asked for" in download("astray", code=1)
+    assert Site.half.read_bytes() == GOOD
+    Site.half.with_name("1.zip").write_bytes(b"not it")
+    assert "has the sha256" in download(digest=SHA256, code=1)
+    asked = len(Site.asked)
+    Site.half.with_name("1.zip").write_bytes(GOOD)
+    download("missing", SHA256)
+    assert len(Site.asked) == asked
+
+
+def test_a_download_that_cannot_be_is_one_sentence(download, monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{free.getsockname()[1]}/x.zip"
+    by_hand = r" cannot be read: .*{}.*put the file there by hand: \S+pairs\.partial/1\.zip\.$"
+    for way, reason in (
+        ("missing", "HTTP Error 404: Not Found"),
+        ("loop", "infinite loop"),
+        ("babble", "SSH-2.0-OpenSSH"),
+        (closed, "refused"),
+    ):
+        assert re.search(by_hand.format(reason), download(way, code=1)), way
+    for digest in ("0" * 32, "0" * 64):
+        message = download(digest=digest, code=1)
+        assert f"expected {digest}. What was loaded is removed" in message
+        assert files_in(Site.half.parent) == {}
+    real = urllib.request.urlopen
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: real(url, None, 0.2))
+    assert re.search(by_hand.format("timed out"), download("silent", code=1))
+
+    def unknown(*_, **__):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    assert re.search(by_hand.format("not known"), download("http://osf.test/x", code=1))
+
+
+def test_a_full_disk_keeps_what_was_loaded(download):
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        message = download(code=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "pairs.partial/1.zip.partial: File too large" in message
+    download()
+    assert Site.asked == [None, "bytes=99999-"]
+
+
+def hostile_archives():
+    """Each: an archive, and what the one sentence on it says."""
+    one = [("data/a.jsonl", b"text " * 4_000)]
+    plain = zipped([("data/b.jsonl", b"good"), *one], zipfile.ZIP_STORED)
+    zeros = zipped([("data/a.jsonl", b"\0" * 50_000)])
+    yield b"<html>", "not a zip file"
+    yield b"", "not a zip file"
+    yield GOOD[: len(GOOD) // 2], "not a zip file"
+    yield GOOD[100_000:], "cannot be unpacked"
+    yield plain.replace(b"text text", b"test text", 1), "Bad CRC-32 for file 'data/a.jsonl'"
+    yield plain.replace(b"\x14\0\0\0", b"\x14\0\1\0"), "encrypted"
+    yield zipped(one, zipfile.ZIP_LZMA), "a.jsonl is a link, or there twice, or not deflated"
+    yield zipped([("data/a.jsonl", b"/etc/passwd")], mode=0o120777), "a.jsonl is a link"
+    yield zipped([("x/data/a.jsonl", b"A"), ("y/data/a.jsonl", b"B")]), "there twice"
+    yield zipped([("readme", b""), ("data/", b""), ("data/a.txt", b"A")]), "does not hold all of"
+    yield zeros, "unpacks to more than 30,000 bytes"
+    yield zipped([(f"data/{i}.jsonl", b"\0" * 20_000) for i in (1, 2)]), "unpacks to more than"
+    yield zeros.replace((50_000).to_bytes(4, "little"), b"\x09\0\0\0"), "Bad CRC-32"
+
+
+def test_a_hostile_archive_is_one_sentence(download, monkeypatch):
+    monkeypatch.setattr(c, "ROOM", 30_000)
+    for content, wanted in hostile_archives():
+        Site.body = content
+        message = download(code=1)
+        assert wanted in message and message.endswith(" and run this again."), wanted
+        assert files_in(Site.half.parent) == {"1.zip": content}
+        Site.half.with_name("1.zip").unlink()
+
+
+def test_no_bit_of_an_archive_can_be_wrong_unseen(tmp_path):
+    """Any one of them: the text is what it was, or the error is a sentence."""
+    files, draw, outcomes = [("data/a.jsonl", b"Some text. " * 30)], np.random.default_rng(0), []
+    for packed in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        for _ in range(400):
+            content = bytearray(zipped(files, packed))
+            content[draw.integers(len(content))] ^= 1 << draw.integers(8)
+            (tmp_path / "x.zip").write_bytes(content)
+            try:
+                pieces = list(c.archive_pieces(tmp_path / "x.zip", {"": r"data/(\w+\.jsonl)"}))
+                assert {name.name for name, _ in pieces} == {"a.jsonl"}
+                assert b"".join(piece for _, piece in pieces) == files[0][1]
+            except click.ClickException as error:
+                outcomes.append(error.message)
+    assert 400 < len(outcomes) < 800
+
+
+def test_no_path_leads_out_of_the_folder(tmp_path):
+    """Only what a pattern's group holds becomes a name: no slash, no dot to begin with."""
+    names = ["../../data/a.jsonl", "/data/b.jsonl", "C:/x/data/c.jsonl", "data/d.jsonl"]
+    left = ["data/../../e.jsonl", "data//f.jsonl", "data/..jsonl", "..\\data\\h.jsonl"]
+    left += ["data/i.jsonl/", "data/x/j.jsonl", "notdata/k.jsonl", "__MACOSX/data/._d.jsonl"]
+    folder = tmp_path / "deep/er/folder"
+    (tmp_path / "x.zip").write_bytes(zipped([(name, name.encode()) for name in names + left]))
+    c.unpack(tmp_path / "x.zip", c.SOURCES["blimp"][0].members, folder)
+    (tmp_path / "x.zip").unlink()
+    taken = {f"deep/er/folder/{name[-7:]}": name.encode() for name in names}
+    assert files_in(tmp_path) == taken
+
+
+LISTINGS = {  # what the archives of a source may hold, and which of it is taken, as what
+    "babylm-2023": [
+        (
+            "babylm_data/babylm_10M/aochildes.train babylm_data/babylm_100M/aochildes.train "
+            "babylm_data/babylm_dev/cbt.dev babylm_data/babylm_test/cbt.test babylm_data/README.md "
+            "__MACOSX/babylm_data/babylm_10M/._aochildes.train babylm_data/babylm_10M/",
+            {0: "train_10M/aochildes.train", 2: "dev/cbt.dev"},
+        )
+    ],
+    "babylm-2024": [
+        (
+            "train_10M/ train_10M/bnc_spoken.train train_10M/childes.train .DS_Store",
+            {1: "train_10M/bnc_spoken.train", 2: "train_10M/childes.train"},
+        ),
+        (
+            "dev/simple_wiki.dev switchboard.dev",
+            {0: "dev/simple_wiki.dev", 1: "dev/switchboard.dev"},
+        ),
+    ],
+    "blimp": [
+        (
+            "data/ data/principle_A_case_1.jsonl data/wh_island.jsonl raw_results/x.jsonl",
+            {1: "principle_A_case_1.jsonl", 2: "wh_island.jsonl"},
+        )
+    ],
+    "blimp-filtered": [
+        (
+            "evaluation_data/blimp_filtered/causative.jsonl supplement_filtered/hypernym.jsonl",
+            {0: "causative.jsonl"},
+        )
+    ],
+    "supplement": [
+        (
+            "blimp_filtered/causative.jsonl supplement_filtered/qa_congruence_easy.jsonl",
+            {1: "qa_congruence_easy.jsonl"},
+        )
+    ],
+}
+
+
+def test_every_source_is_taken_out_of_its_archives(tmp_path, monkeypatch):
+    """Without `--out` it lies in data/, and all archives of a source become one folder."""
+    monkeypatch.setattr(c, "HOME", tmp_path)
+    assert set(LISTINGS) == set(c.SOURCES)
+    for name, archives in LISTINGS.items():
+        expected, work = {}, tmp_path / f"data/{name}.partial"
+        work.mkdir(parents=True)
+        for i, (listing, taken) in enumerate(archives):
+            members = listing.split()
+            (work / f"{i + 1}.zip").write_bytes(zipped([(each, each.encode()) for each in members]))
+            expected |= {path: members[j].encode() for j, path in taken.items()}
+        if any(source.digest for source in c.SOURCES[name]):  # which these are not
+            assert "expected" in invoke("download", name, code=1).stderr
+        known = [source._replace(digest="") for source in c.SOURCES[name]]
+        monkeypatch.setitem(c.SOURCES, name, known)
+        assert f"data/{name}: {len(expected)} files" in invoke("download", name).stdout
+        assert files_in(tmp_path / "data" / name) == expected and not work.exists()
+
+
+def test_an_archive_that_lacks_a_part_is_refused(tmp_path):
+    (tmp_path / "x.zip").write_bytes(zipped([("babylm_10M/qed.train", b"text")]))
+    with pytest.raises(click.ClickException, match="does not hold all of .*babylm_dev"):
+        c.unpack(tmp_path / "x.zip", c.SOURCES["babylm-2023"][0].members, tmp_path / "out")
+
+
+def test_sources_are_well_formed():
+    for source in itertools.chain.from_iterable(c.SOURCES.values()):
+        assert source.url.startswith("https://")
+        assert re.fullmatch("|[0-9a-f]{32}|[0-9a-f]{64}", source.digest)
+
+
+def test_a_missing_folder_names_the_command(tmp_path, saved, monkeypatch):
+    monkeypatch.setattr(c, "HOME", tmp_path)
+    for name in c.SOURCES:
+        wanted = f" is not a folder: .* To get it, run python choobaca.py download {name}\\.$"
+        config, folder = brief_config(tmp_path), tmp_path / "data" / name
+        for args in (
+            ["train", "-c", config, "--text", folder / "train_10M"],
+            ["train", "-c", config, "--dev", folder],
+            ["train", "-c", config, "--pairs", tmp_path / "x/../data" / name],
+            ["eval-blimp", "-m", saved, "-d", folder],
+            ["eval-blimp", "-m", saved, "-d", folder, "--suite", "all"],
+        ):
+            error = invoke(*args, *["-o", tmp_path / "out"] * (args[0] == "train"), code=1).stderr
+            assert re.search(wanted, error.strip()), error
+    error = invoke("eval-blimp", "-m", saved, "--suite", "supplement", code=1).stderr
+    assert error.strip().endswith("run python choobaca.py download supplement.")
+    error = invoke("eval-blimp", "-m", saved, "-d", tmp_path / "data/blimps", code=1).stderr
+    assert "is not a folder" in error and "download" not in error
+
+
+def test_every_archive_of_a_source_is_there_before_any_is_unpacked(download, monkeypatch, tmp_path):
+    """One that fails leaves the others for the next call, and makes nothing."""
+    download("missing", code=1)
+    url = c.SOURCES["blimp"][0].url.removesuffix("missing")
+    first = c.Source(url + "whole", {"": r"data/(\w+\.jsonl)"})
+    second, out = c.Source(url + "missing", {"dev": r"(\w+\.dev)"}), tmp_path / "pairs"
+    monkeypatch.setitem(c.SOURCES, "blimp", [first, second])
+    assert "404" in invoke("download", "blimp", "-o", out, code=1).stderr
+    assert set(files_in(tmp_path)) == {"mine", "pairs.partial/1.zip", "pairs.partial/2.zip.partial"}
+    Site.half.with_name("2.zip").write_bytes(zipped([("dev/x.dev", b"text")]))
+    asked = len(Site.asked)
+    invoke("download", "blimp", "-o", out)
+    assert files_in(out) == NOISE | {"dev/x.dev": b"text"} and len(Site.asked) == asked
 
 
 # -----------------------------------------------------------------------------
