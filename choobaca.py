@@ -1647,25 +1647,52 @@ def fit(run: Run, corpus: Corpus, device: str, resume: bool = False) -> tuple[in
                     (run.out / name).unlink(missing_ok=True)
     return steps - first, journal.seconds() - spent
 
+def likeliest(p: Tensor, mass: float) -> Tensor:
+    """p of the fewest tokens that have this mass together, 0 for the others: (n, V) -> (n, V)
+    (Holtzman et al. 2020, "top-p")."""
+    falling, order = p.sort(-1, descending=True)
+    before = falling.cumsum(-1, dtype=torch.float64) - falling
+    return torch.zeros_like(p).scatter_(-1, order, falling.masked_fill_(before >= mass, 0))
+
+def draw_next(logits: Tensor, temperature: float, top_p: float,
+              generator: torch.Generator | None) -> Tensor:
+    """An id for each row, drawn from the likeliest of softmax(logits / temperature), or at
+    temperature 0 the very likeliest: (n, V) -> (n, 1). Error: logits that are no numbers."""
+    need(logits.isfinite().all(), "the model's scores are not finite numbers: its weights are "
+         "ruined, perhaps by too high a learning rate.")
+    if temperature == 0:
+        return logits.argmax(-1, True)
+    p = (logits / temperature).softmax(-1)
+    return torch.multinomial(likeliest(p, top_p) if top_p < 1 else p, 1, generator=generator)
+
 @torch.no_grad()
+def write_on(model: Model, ids: Tensor, ends: list[int], length: int,
+             generator: torch.Generator | None, temperature: float = 1.0, top_p: float = 1.0):
+    """Continue rows of ids (B, T) until they draw one of `ends`, or by `length` tokens.
+
+    Yields at each step which rows go on, (R,), and what they drew, (R,). No id goes through the
+    model twice, for it keeps the keys and values of those before."""
+    order, stop = torch.arange(len(ids), device=ids.device), torch.tensor(ends, device=ids.device)
+    cache = [[] for _ in range(model.config.layers)]
+    for _ in range(length):
+        logits = model.hidden(ids, cache)[:, -1] @ model.head.T
+        ids = draw_next(logits, temperature, top_p, generator)
+        going = ~torch.isin(ids[:, 0], stop)
+        ids, order = ids[going], order[going]
+        if not len(ids):
+            return
+        if not going.all():
+            cache = [[kept[going] for kept in layer] for layer in cache]
+        yield order, ids[:, 0]
+
 def sample_lines(model: Model, start: int, rows: int, length: int,
                  generator: torch.Generator) -> list[list[int]]:
     """Lines that the model writes after the token `start`, which also ends them, or after `length`
     tokens: ids drawn from its softmax, without `start`."""
-    device = model.head.device
-    ids, order = torch.full((rows, 1), start, device=device), torch.arange(rows, device=device)
-    cache, lines = [[] for _ in range(model.config.layers)], [[]] * rows
-    while len(ids) and ids.shape[1] <= length:
-        logits = model.hidden(ids[:, -1:], cache)[:, -1] @ model.head.T
-        drawn = torch.multinomial(logits.softmax(-1), 1, generator=generator)
-        going = drawn[:, 0] != start
-        for row, line in zip(order[~going].tolist(), ids[~going, 1:].tolist()):
-            lines[row] = line
-        ids, order = torch.cat([ids, drawn], 1)[going], order[going]
-        if not going.all():
-            cache = [[kept[going] for kept in layer] for layer in cache]
-    for row, line in zip(order.tolist(), ids[:, 1:].tolist()):
-        lines[row] = line
+    lines, begin = [[] for _ in range(rows)], torch.full((rows, 1), start, device=model.head.device)
+    for order, drawn in write_on(model, begin, [start], length, generator):
+        for row, i in zip(order.tolist(), drawn.tolist()):
+            lines[row].append(i)
     return lines
 
 def sampled_corpus(teacher: Run, corpus: Corpus, settings: Settings, runs: Path,
@@ -2776,6 +2803,250 @@ def bench_command(repeats: int, plain: bool, as_json: bool, weigh: str | None, *
         f"({min(row['seconds_all']):.3f} to {max(row['seconds_all']):.3f}) {row['ratio']:11.2f} "
         f"{(row['peak_bytes'] or 0) / 1e6:9,.0f}" for row in rows]
     click.echo(json.dumps(rows, indent=2) if as_json else "\n".join(lines))
+
+def svg_text(x: float, y: float, text: str, color: str = "#333", anchor: str = "start") -> str:
+    text = text.replace("&", "&amp;").replace("<", "&lt;")
+    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{color}" text-anchor="{anchor}">{text}</text>'
+
+def svg_path(points: list[tuple[float, float]], color: str, width: float = 1.5) -> str:
+    line = "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    return f'<path d="M{line}" fill="none" stroke="{color}" stroke-width="{width}"/>'
+
+def line_chart(series: dict[str, list[float]], title: str, x: float, y: float, width: float,
+               height: float, colors: dict[str, str], log: bool = False) -> str:
+    """Series of at least two numbers from 0 up, as lines in a box whose top left is (x, y): SVG.
+
+    With `log` the number at i stands at log(i + 1) from the left, and heights span four powers of
+    ten: what is less lies on the ground."""
+    n, top = max(map(len, series.values())), max(map(max, series.values())) or 1.0
+
+    def place(i: int, value: float) -> tuple[float, float]:
+        right = math.log(i + 1) / math.log(n) if log else i / (n - 1)
+        up = 1 + math.log10(max(value / top, 1e-4)) / 4 if log else value / top
+        return x + width * right, y + height * (1 - up)
+
+    marks = [10.0**k for k in range(math.floor(math.log10(top)), -300, -1)][:4] if log else [0, top]
+    steps = [i for i in (0, 1, 10, 100, 1000) if i < n] if log else [0, n - 1]
+    parts = [svg_text(x, y - 8, title)]
+    for value in marks:
+        left, at = place(0, value)
+        parts += [svg_path([(left, at), (x + width, at)], "#ddd", 1),
+                  svg_text(left - 5, at + 4, f"{value:.2g}", anchor="end")]
+    parts += [svg_text(place(i, 0)[0], y + height + 15, str(i), anchor="middle") for i in steps]
+    return "\n".join(parts + [svg_path([place(*point) for point in enumerate(line)], colors[name])
+                              for name, line in series.items()])
+
+def toy_teachers(x: Tensor) -> dict[str, Tensor]:
+    """What `toy` fits: by name, a distribution over the points x, which go from 0 to 10: (V,) each.
+
+    The AKL paper's text names kinds and gives no shapes: those here, 50 points and the student's
+    first logits, uniform in 0 to 1, are from its authors' notebooks (github.com/wutaiqiang/
+    LLM_KD_AKL, toy_examples), where x is ten times as long. The narrow modes are ours."""
+    peaks = {"one mode": [(1, 5, 1.5)], "two modes": [(0.3, 2.5, 1), (0.5, 7.5, 1)],
+             "two narrow modes": [(0.3, 2.5, 0.5), (0.5, 7.5, 0.5)], "long tail": [(1, 0, 1.6)]}
+    return {name: sum(weight * (-((x - mean) / width)**2 / 2).exp() for weight, mean, width in some)
+            .log().softmax(-1) for name, some in peaks.items()}
+
+def fit_distribution(p: Tensor, objective: str, start: Tensor, to_logits, epochs: int, lr: float,
+                     optimizer: str) -> tuple[Tensor, Tensor, Tensor]:
+    """n students on their way to p (V,): their q before each of the epochs and at the end,
+    (epochs + 1, n, V), the first gradient by their logits (n, V), the last divergences (n, 1).
+
+    A row of `start` has a student's parameters; to_logits makes logits of them, (n, V). Divergence
+    and gradient are those of training, constants at their defaults, and drkl's observed token is
+    the likeliest. Autograd has what lies between parameters and logits, if anything."""
+    function, name = DIVERGENCES[objective]
+    constant, target = name and getattr(LossSettings(), name), p.argmax().expand(len(start), 1)
+    theta, path = start.clone().requires_grad_(), []
+    stepper = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer]([theta], lr=lr)
+    for epoch in range(epochs + 1):
+        z = to_logits(theta)
+        q, w, r, *_ = to_probabilities(z.detach().clone(), p.log().repeat(len(z), 1),
+                                       torch.empty_like(z))
+        path.append(q)
+        value, gradient = function(q, w, r, target, constant)
+        first = first if epoch else gradient
+        stepper.zero_grad()
+        z.backward(gradient)
+        stepper.step()
+    return torch.stack(path), first, value
+
+def toy_results(objectives: tuple[str, ...], size: int, seed: int, **how) -> dict[str, dict]:
+    """What `toy --json` prints, by teacher: p and, by objective, what became of two students.
+
+    A student with a logit for each point: the sum of |p - q| in the head and in the tail (AKL
+    paper, Eqs. 12 to 14) by epoch, the tail's share of the first gradient, the largest |p - q| and
+    q at the end. One that is a Gaussian, of a mean and a width (held in 0.05 to 8,000): the best
+    of ten, which start at means from 0.5 to 9.5 with a width of 1, for the objective has several
+    minima."""
+    x, results, mu = torch.arange(size, dtype=torch.float64) * 10 / size, {}, LossSettings().mu
+    draw = torch.Generator().manual_seed(seed)
+    start = torch.rand(1, size, generator=draw, dtype=torch.float64)
+    bells = torch.stack([torch.arange(0.5, 10, dtype=torch.float64), torch.zeros(10).double()], 1)
+
+    def bell(theta: Tensor) -> Tensor:
+        mean, log_width = theta.split(1, 1)
+        return -((x - mean) / log_width.clamp(-3, 9).exp())**2 / 2
+
+    for teacher, p in tqdm(toy_teachers(x).items(), "toy", leave=False):
+        results[teacher] = {"p": p.tolist(), "objectives": {}}
+        for objective in objectives:
+            path, gradient, _ = fit_distribution(p, objective, start, lambda z: z, **how)
+            q, gap = path[:, 0], (path[:, 0] - p).abs()
+            head, both = head_share(q, p.expand_as(q), mu)[:, 0], gap.sum(-1)
+            bent, _, value = fit_distribution(p, objective, bells, bell, **how)
+            best = bent[-1, value.argmin()]
+            results[teacher]["objectives"][objective] = {
+                "head": (head * both).tolist(), "tail": ((1 - head) * both).tolist(),
+                "first_gradient_in_tail": 1 - head_share(p + gradient, p[None], mu).item(),
+                "largest": gap[-1].max().item(), "q": q[-1].tolist(),
+                "gaussian_largest": (best - p).abs().max().item(), "gaussian_q": best.tolist()}
+    return results
+
+def toy_figure(results: dict[str, dict]) -> str:
+    """An SVG 1,000 pixels wide: for each teacher the error in head and tail by epoch, both axes
+    logarithmic, and the distributions of the Gaussian students."""
+    palette = ("#999999", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9",
+               "#6a3d9a", "#8c510a", "#000000")
+    colors = dict(zip(("teacher", *DIVERGENCES), itertools.cycle(palette)))
+    shown = ["teacher", *next(iter(results.values()))["objectives"]]
+    parts = [svg_text(60 + 90 * i, 24, name, colors[name]) for i, name in enumerate(shown)]
+    for i, (teacher, result) in enumerate(results.items()):
+        rows, y = result["objectives"], 70 + 190 * i
+        for j, part in enumerate(("head", "tail")):
+            parts.append(line_chart({name: row[part] for name, row in rows.items()}, f"{teacher}: "
+                                    f"{part}'s error by epoch", 60 + 320 * j, y, 250, 130, colors,
+                                    log=True))
+        bells = {"teacher": result["p"]} | {name: row["gaussian_q"] for name, row in rows.items()}
+        parts.append(line_chart(bells, f"{teacher}: Gaussian students", 700, y, 250, 130, colors))
+    return ('<svg xmlns="http://www.w3.org/2000/svg" width="1000" height="{0}" viewBox="0 0 1000 '
+            '{0}" style="font:13px sans-serif">\n<rect width="100%" height="100%" fill="#fff"/>\n'
+            "{1}\n</svg>\n").format(60 + 190 * len(results), "\n".join(parts))
+
+def toy_table(results: dict[str, dict], epochs: int) -> str:
+    """Both kinds of students, a line each; distributions as blocks, every k-th of many points."""
+    shown = [epoch for epoch in (1, 5, 20, 50) if epoch <= epochs]
+    after, gap = "".join(f"{epoch:>6}" for epoch in shown), " " * 6 * len(shown)
+    lines = [f"{'free logits: sum of |p - q| by epoch':<39}  head{gap[3:]}tail{gap[4:]}largest",
+             f"{'teacher':<17}objective  gradient  {after}  {after}  at the end"]
+    bells = ["", "one Gaussian, the best of ten      largest"]
+    for teacher, result in results.items():
+        rows = result["objectives"]
+        top = max(map(max, [result["p"], *(row["gaussian_q"] for row in rows.values())]))
+
+        def blocks(p: list[float], top: float = top) -> str:
+            return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * x / top))] for x in p[::-(-len(p) // 50)])
+
+        bells.append(f"{teacher:<17}the teacher        {blocks(result['p'])}")
+        for name, row in rows.items():
+            head, tail = ("".join(f"{row[part][epoch]:6.3f}" for epoch in shown)
+                          for part in ("head", "tail"))
+            lines.append(f"{teacher:<17}{name:<9} {100 * row['first_gradient_in_tail']:5.0f} %   "
+                         f"{head}  {tail}  {row['largest']:.1e}")
+            bells.append(f"{teacher:<17}{name:<9} {row['gaussian_largest']:7.4f}  "
+                         f"{blocks(row['gaussian_q'])}")
+    return "\n".join([*lines, *bells, "", "head: the fewest tokens with half of the mass; "
+                      "gradient: the tail's share of the first one."])
+
+@cli.command("toy")
+@click.option("--objective", "objectives", multiple=True, default=["fkl", "rkl", "akl"],
+              show_default=True, type=click.Choice(list(DIVERGENCES)),
+              help="What to compare; may be repeated.")
+@click.option("--epochs", default=250, show_default=True, type=click.IntRange(1, 2000),
+              help="Steps of the optimizer.")
+@click.option("--lr", default=0.1, show_default=True, help="Learning rate.",
+              type=click.FloatRange(0, 1, min_open=True))
+@click.option("--optimizer", type=click.Choice(("adam", "sgd")), default="adam", show_default=True,
+              help="Adam, as in the paper, or plain gradient descent.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True,
+              help="Of the logits at the start.")
+@click.option("--size", default=50, show_default=True, type=click.IntRange(10, 1000), help="V.")
+@click.option("--svg", type=click.Path(dir_okay=False, path_type=Path),
+              help="Also draw all this into a file.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object in place of the table.")
+def toy_command(objectives: tuple[str, ...], svg: Path | None, as_json: bool, **how) -> None:
+    """Fit students to fixed distributions, as in the AKL paper (section 3.2, Figures 2 and 3).
+
+    With a logit for each token every objective finds the teacher: no modes are sought. Only where
+    the student cannot be the teacher (one Gaussian, two narrow modes) does it matter what it seeks.
+
+    Forward KL's error in the head falls first, as the paper says. Reverse KL's in the tail does
+    not: its gradient lies in the tail more, but Adam divides each token's by its own size, and
+    forward KL leads in both. Without Adam (--optimizer sgd --lr 1) reverse KL leads in the tail.
+
+    \b
+    Example: python choobaca.py toy --svg toy.svg"""
+    need(how["lr"] > 0, f"--lr is {how['lr']}: expected more than 0, up to 1.")
+    results = toy_results(objectives, **how)
+    if svg:
+        with written_whole(svg) as file:
+            file.write(toy_figure(results).encode())
+    click.echo(json.dumps(results, indent=2) if as_json else toy_table(results, how["epochs"]))
+
+def readable(tokenizer: Tokenizer, known: list[int], ids):
+    """The text of ids behind known ones, in pieces, each as soon as it is whole: a token may end
+    within a character, which decodes to U+FFFD until the next tokens complete it."""
+    held = []
+    for i in ids:
+        held.append(i)
+        text = tokenizer.decode(known + held)[len(tokenizer.decode(known)):]
+        if text and not text.endswith("\ufffd"):
+            yield text
+            known, held = held, []
+    yield tokenizer.decode(known + held)[len(tokenizer.decode(known)):]
+
+@cli.command("sample")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--prompt", default="", help="How the text begins.  [default: with nothing]")
+@click.option("--tokens", type=click.IntRange(1),
+              help="How many to add at most.  [default: 100, or all that the model has positions "
+                   "for]")
+@click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(0, 100),
+              help="By which logits are divided; 0: always the likeliest token.")
+@click.option("--top-p", default=1.0, show_default=True,
+              type=click.FloatRange(0, 1, min_open=True),
+              help="Draw from the fewest tokens that have this share of the probability.")
+@click.option("--count", default=1, show_default=True, type=click.IntRange(1), help="Samples.")
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True,
+              help="Of the draws.")
+@click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto",
+              show_default=True, help="Where to compute.")
+def sample_command(run: Path, prompt: str, tokens: int | None, temperature: float, top_p: float,
+                   count: int, seed: int, device: str) -> None:
+    """Let a run, or any Hugging Face LLaMA or GPT-2, write: a line a sample, as it is made.
+
+    A sample ends with the line: at the prefix token, which begins the next, at the model's
+    eos_token_id, or at a line break.
+
+    \b
+    Example: python choobaca.py sample runs/tiny-rkl-1-seed0 --prompt "the dog" --count 5"""
+    need(prompt == prompt.encode(errors="ignore").decode(), "--prompt is not UTF-8: expected text.")
+    need(temperature == 0 or temperature >= 1e-3, f"--temperature is {temperature}: expected 0, or "
+         "0.001 and more.")
+    need(top_p > 0, f"--top-p is {top_p}: expected more than 0, up to 1.")      # no range stops nan
+    model, vocabulary = load_model(run, choose_device(device))
+    (tokenizer, prefix_id, _), eos = vocabulary, read_json(run / "config.json").get("eos_token_id")
+    known = [prefix_id]
+    if prompt:
+        known += tokenizer.encode(" " + prompt, add_special_tokens=False).ids
+    room = model.config.positions - len(known)
+    tokens = tokens or max(1, min(100, room))
+    need(tokens <= room, f"--prompt has {len(known):,} tokens with the prefix, and {tokens:,} are "
+         f"to follow: expected at most the model's {model.config.positions:,} positions together.")
+    ends = [prefix_id, *(i for i in (eos if isinstance(eos, list) else [eos])
+                         if i in range(len(model.head)))]
+    ids = torch.tensor([known], device=model.head.device)
+    generator = torch.Generator(model.head.device).manual_seed(seed)
+    for _ in range(count):
+        drawn = write_on(model, ids, ends, tokens, generator, temperature, top_p)
+        for i, piece in enumerate(readable(tokenizer, known, (new.item() for _, new in drawn))):
+            line, *following = piece.split("\n")
+            if i == 0:
+                line = prompt + line if prompt else line.lstrip()
+            click.echo(line, nl=False)
+            if following:
+                break
+        click.echo()
 
 if __name__ == "__main__":
     cli()

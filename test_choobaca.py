@@ -32,6 +32,7 @@ import urllib.request
 import warnings
 import zipfile
 from pathlib import Path
+from xml.etree import ElementTree
 
 import choobaca as c
 import click
@@ -2047,6 +2048,255 @@ def test_fast_products_lose_no_digit(monkeypatch):
         assert torch.backends.mkldnn.matmul.fp32_precision == "ieee" and c.products_error() < 1e-6
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+POINTS = torch.arange(50, dtype=torch.float64) / 5
+
+
+def ways(teacher: str, objective: str, starts: int, **how):
+    """Head and tail errors by epoch and start, the tail's share of each first gradient, and the
+    largest error at the end, of students with a logit for each point."""
+    p, draw = c.toy_teachers(POINTS)[teacher], torch.Generator().manual_seed(0)
+    start = torch.rand(starts, 50, generator=draw, dtype=torch.float64)
+    q, gradient, _ = c.fit_distribution(p, objective, start, lambda z: z, **how)
+    falling = p.sort(descending=True)[0]
+    head = p >= falling[int((falling.cumsum(0) < 0.5).sum())] * (1 - 1e-9)
+    gap = (q - p).abs()
+    share = gradient[:, ~head].abs().sum(-1) / gradient.abs().sum(-1)
+    return gap[..., head].sum(-1), gap[..., ~head].sum(-1), share, gap[-1].max()
+
+
+TOYS = ("one mode", "two modes", "two narrow modes", "long tail")
+
+
+@pytest.mark.parametrize("teacher", TOYS)
+def test_in_the_toy_all_find_the_teacher_and_forward_kl_its_head_first(teacher):
+    """AKL paper, Figures 2 and 3, from 20 starts each. What it says of the tail holds for the
+    gradient, and for errors without Adam; with Adam, forward KL is ahead there, too."""
+    adam = dict(epochs=200, lr=0.1, optimizer="adam")
+    (head, tail, share, largest), (r_head, r_tail, r_share, r_largest), (*_, akl) = (
+        ways(teacher, name, 20, **adam) for name in ("fkl", "rkl", "akl")
+    )
+    assert max(largest, r_largest, akl) < 1e-3
+    assert (head[1:8] < r_head[1:8]).all()
+    assert (r_share > share).all()
+    assert (tail[1:5] < r_tail[1:5]).double().mean() > 0.95
+    sgd = dict(epochs=50, lr=1.0, optimizer="sgd")
+    (_, tail, *_), (_, r_tail, *_) = (ways(teacher, name, 20, **sgd) for name in ("fkl", "rkl"))
+    assert (r_tail[1:] < tail[1:]).all()
+
+
+@pytest.mark.parametrize("name", c.DIVERGENCES)
+def test_the_toy_descends_by_the_divergences_gradients(name):
+    """A step of plain descent, in logits and in a Gaussian's two parameters, against autograd of
+    the literal definition; with the default constants; the end is the teacher."""
+    p, s = c.toy_teachers(POINTS)["two modes"], settings()
+    targets = p.argmax().expand(3, 1)
+    for start, to_logits in (
+        (torch.randn(3, 50).double(), lambda z: z),
+        (torch.rand(3, 2).double(), lambda t: -((POINTS - t[:, :1]) ** 2) / t[:, 1:].exp()),
+    ):
+        theta = start.clone().requires_grad_()
+        log_q = to_logits(theta).log_softmax(-1)
+        wanted = LITERAL[name](log_q, p.log().expand(3, -1), targets, s)
+        (slope,) = torch.autograd.grad(wanted.sum(), theta)
+        path, _, value = c.fit_distribution(p, name, start, to_logits, 1, 0.1, "sgd")
+        after = to_logits(start - 0.1 * slope).log_softmax(-1)
+        assert torch.allclose(path[0], log_q.exp(), atol=1e-12)
+        assert torch.allclose(path[1], after.exp(), atol=1e-10)
+        assert torch.allclose(
+            value[:, 0], LITERAL[name](after, p.log().expand(3, -1), targets, s), atol=1e-10
+        )
+    assert ways("long tail", name, 1, epochs=200, lr=0.1, optimizer="adam")[3] < 1e-3
+
+
+def test_toy_shows_where_modes_are_sought(tmp_path):
+    """Only by a student that is one Gaussian, and only where the modes are narrow."""
+    results = json.loads(invoke("toy", "--json", "--svg", tmp_path / "toy.svg").stdout)
+    assert tuple(results) == TOYS
+
+    def moments(teacher, objective):
+        q = torch.tensor(results[teacher]["objectives"][objective]["gaussian_q"]).double()
+        mean = (q * POINTS).sum()
+        return mean.item(), (q * (POINTS - mean) ** 2).sum().sqrt().item()
+
+    mean, spread = moments("two narrow modes", "fkl")
+    assert 5 < mean < 6.5 and spread > 2
+    mean, spread = moments("two narrow modes", "rkl")
+    assert abs(mean - 7.5) < 0.01 and abs(spread - 0.5) < 0.01
+    assert min(moments("two modes", name)[1] for name in ("fkl", "rkl", "akl")) > 2
+    for teacher in ("one mode", "long tail"):
+        rows = results[teacher]["objectives"].values()
+        assert max(row["gaussian_largest"] for row in rows) < 1e-3
+    p = torch.tensor(results["long tail"]["p"])
+    row = results["long tail"]["objectives"]["rkl"]
+    gap = (torch.tensor(row["q"]) - p).abs()
+    assert math.isclose(row["head"][-1] + row["tail"][-1], gap.sum(), rel_tol=1e-4)
+    _, _, share, _ = ways("long tail", "rkl", 1, epochs=1, lr=0.1, optimizer="adam")
+    assert math.isclose(row["first_gradient_in_tail"], share.item(), rel_tol=1e-9)
+    assert len(row["head"]) == 251 and math.isclose(row["largest"], gap.max(), rel_tol=1e-4)
+    figure = ElementTree.parse(tmp_path / "toy.svg").getroot()
+    curves = [path for path in figure.iter("{http://www.w3.org/2000/svg}path")]
+    assert figure.get("width") == "1000" and len(curves) == 4 * (2 * (3 + 4) + 4 + 2)
+    for path in curves:
+        numbers = [float(x) for x in re.findall(r"[\d.]+", path.get("d"))]
+        assert min(numbers) >= 0 and max(numbers[::2]) <= 1000
+
+
+def test_toy_as_a_table():
+    args = ["toy", "--objective", "drkl", "--objective", "fkl", "--epochs", "6", "--size", "120"]
+    first = invoke(*args)
+    lines = first.stdout.splitlines()
+    assert len(lines) == 2 + 4 * 2 + 2 + 4 * 3 + 2 and max(map(len, lines)) <= 100
+    assert lines[1].split()[2:] == ["gradient", "1", "5", "1", "5", "at", "the", "end"]
+    drawn = [line.split()[-1] for line in lines[-14:-2]]
+    assert {len(line) for line in drawn} == {40} and set("".join(drawn)) <= set("▁▂▃▄▅▆▇█")
+    assert all("█" in "".join(drawn[i : i + 3]) for i in range(0, 12, 3))
+    assert invoke(*args).stdout == first.stdout != invoke(*args, "--seed", "1").stdout
+    assert invoke(*args, "--optimizer", "sgd", "--lr", "1").stdout != first.stdout
+    assert "'ce' is not one of" in invoke("toy", "--objective", "ce", code=2).stderr
+    assert "is a directory" in invoke("toy", "--svg", "/", code=2).stderr
+    assert "--lr is nan" in invoke("toy", "--lr", "nan", code=1).stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_top_p_keeps_the_fewest_tokens(dtype):
+    """By trying every set of tokens; ties are cut, so that they are the fewest there, too."""
+    p = torch.rand(20, 6, dtype=dtype).pow(2)
+    p = torch.cat([p / p.sum(-1, True), torch.full((1, 6), 1 / 6, dtype=dtype)])
+    for mass in (1e-6, 0.3, 0.5, 0.9, 0.999):
+        found = c.likeliest(p, mass)
+        for row, kept in zip(p.double(), found):
+            sets = [torch.tensor(some).bool() for some in itertools.product((0, 1), repeat=6)]
+            fewest = min(int(some.sum()) for some in sets if row[some].sum() >= mass)
+            assert (kept > 0).sum() == fewest and kept.double().sum() >= mass
+            assert row[kept > 0].min() >= row[kept == 0].max() if fewest < 6 else True
+            assert (kept[kept > 0] == row[kept > 0].to(dtype)).all()
+
+
+def test_a_draw_follows_the_temperature_and_top_p():
+    """Frequencies within four standard errors; at temperature 0, and next to it, the likeliest."""
+    logits, draw = torch.tensor([[1.0, 3.0, 2.0, -1.0, 0.0]]), torch.Generator().manual_seed(0)
+    many = logits.expand(4000, -1)
+    for temperature, top_p in ((1.0, 1.0), (2.0, 1.0), (0.5, 1.0), (1.0, 0.7), (3.0, 0.8)):
+        p = (logits / temperature).softmax(-1)
+        p = c.likeliest(p, top_p) if top_p < 1 else p
+        found = c.draw_next(many, temperature, top_p, draw).flatten().bincount(minlength=5) / 4000
+        assert (found - p / p.sum()).abs().max() < 4 * math.sqrt(0.25 / 4000)
+        assert (found[p[0] == 0] == 0).all()
+    assert (c.draw_next(many, 0, 1.0, None) == 1).all()
+    assert (c.draw_next(many, 1e-3, 1.0, draw) == 1).all()
+    with pytest.raises(click.ClickException, match="not finite"):
+        c.draw_next(many * math.nan, 0, 1.0, None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_writing_on_is_greedy_search_and_reads_no_id_twice(kind, monkeypatch):
+    """Against the argmax of the whole row, read again at each step; rows that end are let go."""
+    m, ids = model(sharp=5, **kind).eval(), torch.randint(0, 50, (6, 9))
+    rows, seen = [row[None] for row in ids], []
+    with torch.no_grad():
+        for _ in range(20):
+            rows = [torch.cat([row, logits(m, row)[:, -1:].argmax(-1)], 1) for row in rows]
+    wanted = [row[0, 9:].tolist() for row in rows]
+    end = wanted[0][7]
+    wanted = [row[: row.index(end)] if end in row else row for row in wanted]
+    hidden = m.hidden
+    monkeypatch.setattr(m, "hidden", lambda x, *rest: seen.append(x.shape) or hidden(x, *rest))
+    found = [[] for _ in ids]
+    for order, drawn in c.write_on(m, ids, [end], 20, None, 0):
+        for row, i in zip(order.tolist(), drawn.tolist()):
+            found[row].append(i)
+    assert found == wanted
+    assert seen[0] == (6, 9) and {T for _, T in seen[1:]} <= {1}
+    assert sum(B for B, _ in seen[1:]) <= sum(map(len, wanted))
+
+
+def test_text_is_shown_when_its_characters_are_whole(vocabulary):
+    """Bytes are tokens of their own here: none of a character's is shown before its last. A space
+    that a decoder takes off the front of what it is given is still there between pieces."""
+    text, tokenizer = " Tom’s naïve 🐈 said: £5!", vocabulary.tokenizer
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    pieces = list(c.readable(tokenizer, [1], ids))
+    assert "".join(pieces) == text and "\ufffd" not in text + "".join(pieces)
+    assert 10 < len(pieces) < len(ids) and "🐈" in "".join(pieces).split()
+    assert "".join(c.readable(tokenizer, ids, ids)) == text
+    for seed in range(20):
+        some = np.random.default_rng(seed).integers(0, vocabulary.size, 50).tolist()
+        assert "".join(c.readable(tokenizer, [1], some)) == tokenizer.decode(some)
+    words = {"▁the": 0, "▁dog": 1, "s": 2, "▁ran": 3}
+    other = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="s"))
+    other.decoder = tokenizers.decoders.Metaspace()
+    assert list(c.readable(other, [0], [1, 2, 3])) == [" dog", "s", " ran", ""]
+
+
+def test_sample(saved, vocabulary):
+    """Seeded; a line a sample; the prompt first, encoded as scoring encodes it, with a leading
+    space even where the tokenizer adds none."""
+    plain = vocabulary.files["tokenizer.json"].replace(b'_space": true', b'_space": false')
+    (saved / "tokenizer.json").write_bytes(plain)
+    args = ["sample", saved, "--prompt", "the dog", "--tokens", "9"]
+    one = invoke(*args).stdout
+    assert one.startswith("the dog") and one.count("\n") == 1
+    three = invoke(*args, "--count", "3").stdout
+    assert three.startswith(one) and invoke(*args, "--count", "3").stdout == three
+    assert len(set(three.splitlines())) == 3 and invoke(*args, "--seed", "1").stdout != one
+    assert invoke(*args, "--top-p", "0.1").stdout != one
+    m, _ = c.load_model(saved, "cpu")
+    ids = [1, *vocabulary.tokenizer.encode(" the dog", add_special_tokens=False).ids]
+    given = len(ids)
+    with torch.no_grad():
+        for _ in range(9):
+            ids.append(logits(m, torch.tensor([ids]))[0, -1].argmax().item())
+    text = vocabulary.tokenizer.decode(ids)
+    greedy = invoke(*args, "--temperature", "0", "--count", "2").stdout
+    assert greedy == (text[1:].split("\n")[0] + "\n") * 2 and 1 not in ids[1:] and 2 not in ids
+    too_long = invoke(*args[:-1], str(33 - given), code=1)
+    assert f"has {given} tokens with the prefix, and {33 - given} are" in too_long.stderr
+    assert too_long.stdout == "" and len(too_long.stderr.splitlines()) == 1
+    invoke(*args[:-1], str(32 - given))
+    assert "positions together" in invoke("sample", saved, "--prompt", "a " * 40, code=1).stderr
+    assert "--top-p is nan" in invoke(*args, "--top-p", "nan", code=1).stderr
+    assert "0.001 and more" in invoke(*args, "--temperature", "1e-40", code=1).stderr
+    assert "not a folder" in invoke("sample", saved / "none", code=1).stderr
+    with torch.no_grad():
+        m.head[0, 0] = math.nan
+    c.save_model(saved, m, vocabulary)
+    ruined = invoke(*args, code=1)
+    assert "not finite numbers" in ruined.stderr and ruined.stdout == ""
+
+
+def test_a_sample_ends_with_its_line_and_is_shown_as_it_is_made(saved, vocabulary, monkeypatch):
+    drawn, shown = [], []
+
+    def encode(text):
+        return vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def draw(logits, *_):
+        shown.append(None)
+        return torch.tensor([[drawn.pop(0)]])
+
+    monkeypatch.setattr(c, "draw_next", draw)
+    for text, end, line in (
+        (" the dog barked.", 1, "the dog barked."),
+        (" the cat", 2, "the cat"),
+        (" A🐈", encode("\n")[-1], "A🐈"),
+        ("", 1, ""),
+    ):
+        drawn = [*encode(text), end, *encode(" never said")]
+        assert invoke("sample", saved, "--tokens", "20").stdout == line + "\n"
+        drawn = [*encode(text), end, *encode(" never said")]
+        asked = invoke("sample", saved, "--prompt", "Oh,", "--tokens", "20").stdout
+        assert asked == f"Oh,{text}\n" and drawn == encode(" never said")
+    facts = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(facts | {"eos_token_id": [7, None, "x", 10**9]}))
+    drawn = [*encode(" a"), 7]
+    assert invoke("sample", saved, "--tokens", "20").stdout == "a\n"
+    drawn = [*encode(" a b c d"), 1]
+    shown.clear()
+    monkeypatch.setattr(c.click, "echo", lambda text="", nl=True, **_: shown.append(text))
+    invoke("sample", saved, "--tokens", "20")
+    assert shown[:2] == [None, "a"] and shown.index(" b") < len(shown) - 3
 
 
 def test_a_run_folder_is_never_overwritten_unasked(tmp_path):
