@@ -10,6 +10,7 @@ Divergence" (Shi, Matusevych and Nissim, BabyLM 2024), called "the paper" below.
     python choobaca.py train --objective ce                   the same student without a teacher
     python choobaca.py eval-blimp                             the newest run's grammar, pair by pair
     python choobaca.py compare RUN RUN                        is the second one better, or lucky?
+    python choobaca.py report RUN RUN                         both on a page: curves and grammar
     python choobaca.py bench                                  the loss against its matrix products
 
 Read it from the top: the order of the file is the order of the data.
@@ -43,6 +44,7 @@ import difflib
 import functools
 import hashlib
 import http.client
+import html
 import itertools
 import json
 import math
@@ -60,6 +62,7 @@ import urllib.request
 import zipfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 # torch's threads wait for each other by spinning. With the default, long spinning, one other busy
@@ -171,7 +174,8 @@ class TextSettings:
     text: str = setting(f"{HOME}/data/tiny", "Folder of text: *.train, *.txt; UTF-8.", path=True)
     dev: str = setting("", "Folder of held-out text, *.dev, dev.txt; empty: the same.", path=True)
     tokenizer: str = setting("", "A tokenizer.json or its folder; empty: train one.", path=True)
-    vocab_size: int = setting(16_000, "V of the tokenizer, when one is trained.", low=259, high=2**24)
+    vocab_size: int = setting(16_000, "V of the tokenizer, when one is trained.", low=259,
+                              high=2**24)
     clean: bool = setting(False, "Clean BabyLM's files, each by its name, as BabyLlama did.")
     prefix: str = setting("line", "Where the text gets the <s> that scoring begins with.",
                           choices=("line", "document", "none"))
@@ -2107,7 +2111,7 @@ def compare_scores(first: Judged, other: Judged, resamples: int, seed: int) -> l
 # -----------------------------------------------------------------------------
 # 10. The command line
 #
-# defaults < the config's TOML < flags  ->  settings  ->  train, eval-blimp, compare, bench
+# defaults < the config's TOML < flags  ->  settings  ->  train, eval-blimp, compare, report, bench
 
 KNOWN = {field.name: field for field in fields(Settings)}
 
@@ -2685,6 +2689,294 @@ def download_command(name: str, out: Path | None) -> None:
         work.rmdir()
     sizes = [path.stat().st_size for path in out.rglob("*") if path.is_file()]
     click.echo(f"{out}: {len(sizes)} files, {sum(sizes):,} bytes")
+
+COLOURS = (         # of eight curves, on light and on dark: apart for colour-blind eyes, too
+    ("#373bb3", "#ed7a0b", "#00a570", "#882a6f", "#755d1c", "#7c85ff", "#1d2228", "#a591ba"),
+    ("#7f7cff", "#e0621c", "#2ee69a", "#b2659c", "#fdcc3c", "#a7d3ff", "#fffdf4", "#838c6a"))
+STYLE = """:root { color-scheme: light dark; --page: #fff; --ink: #1d2228; --soft: #5c6470;
+--line: #e3e6ea; --band: #f5f6f8 } @media (prefers-color-scheme: dark) { :root { --page: #15171b;
+--ink: #e6e8eb; --soft: #a0a7b1; --line: #33373e; --band: #1c1f24 } }
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; background: var(--page);
+color: var(--ink); font: 13px/1.5 system-ui, sans-serif } main { columns: 26rem 2; gap: 2rem }
+.wide { overflow-x: auto } table { min-width: 56rem; border-collapse: collapse; line-height: 1.35 }
+th, td { padding: 6px 12px 6px 0; text-align: left; vertical-align: top;
+border-bottom: 1px solid var(--line) } th, small, p { color: var(--soft); font-weight: 500 }
+.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
+p { max-width: 46rem } figure { margin: 0 0 1.5rem; break-inside: avoid } svg { display: block }
+td:first-child { min-width: 10rem } .name { font-family: ui-monospace, monospace }
+text { fill: var(--ink); font: 12px system-ui, sans-serif } .soft { fill: var(--soft) }
+.end { text-anchor: end } .middle { text-anchor: middle } .band { fill: var(--band) }
+.title { font-size: 15px; font-weight: 600 } .axis { stroke: var(--line) }
+.chance { stroke: var(--soft); stroke-dasharray: 4 3 }
+[class^=run] path { stroke: currentColor; stroke-width: 1.6; fill: none; stroke-linejoin: round }
+circle { fill: currentColor }\n""" + "\n".join(
+    f"@media (prefers-color-scheme: {scheme}) {{ .run{i} {{ color: {colour} }} }}"
+    for scheme, colours in zip(("light", "dark"), COLOURS) for i, colour in enumerate(colours))
+WIDTH = 460         # of a chart, in its own pixels: two stand side by side on a page of 1,000
+
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """The round numbers from low to high, `most` of them or fewer: multiples of 1, 2 or 5 times a
+    power of ten. low < high, most > 3."""
+    size = 10.0 ** math.floor(math.log10((high - low) / (most - 1)))
+    step = next(size * k for k in (1, 2, 5, 10, 20) if size * k * (most - 1) >= high - low)
+    return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+def axis_range(values: list[float], low: float | None, high: float | None) -> tuple[float, float]:
+    """From low to a little above high, or, where None, from and to a little beyond the values."""
+    least, most = min(values) if low is None else low, max(values) if high is None else high
+    size, width = max(abs(least), abs(most)), most - least
+    margin = 0.05 * (width if width > 1e-6 * size + 1e-30 else size if size > 1e-30 else 1.0)
+    return least - margin * (low is None), most + margin
+
+def spread(places: list[float], gap: float, bottom: float) -> list[float]:
+    """Places for labels: near those given and in their order, `gap` apart, none below `bottom`."""
+    order, spaced = sorted(range(len(places)), key=places.__getitem__), list(places)
+    for above, i in itertools.pairwise(order):
+        spaced[i] = max(spaced[i], spaced[above] + gap)
+    for k, i in enumerate(reversed(order)):
+        spaced[i] = min(spaced[i], bottom - gap * k)
+    return spaced
+
+def text_at(x: float, y: float, words: str, kind: str = "", most: int = 60) -> str:
+    """A text of an SVG, escaped; the middle of one that is longer than `most` is left out."""
+    if len(words) > most:
+        words = f"{words[:most // 2]}…{words[1 + most // 2 - most:]}"
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{html.escape(words)}</text>'
+
+def drawing(title: str, height: float, parts: list[str]) -> str:
+    """The SVG of a chart, with its title. Its looks are in STYLE."""
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" '
+            f'role="img" aria-label="{html.escape(title)}">{text_at(0, 15, title, "title")}'
+            f'{"".join(parts)}</svg>')
+
+def line_chart(series: dict[str, list[tuple[float, float]]], title: str, x_label: str, y_label: str,
+               low: float | None = None, high: float | None = None) -> str:
+    """An SVG of curves through points (x, y), named at their ends, in the colours of STYLE; one
+    that has no points takes up a colour, and one curve at least has some. What lies below low or
+    above high is cut off."""
+    xs, ys = zip(*itertools.chain(*series.values()))
+    (x0, x1), (y0, y1) = (min(xs), max(xs)), axis_range(ys, low, high)
+    x1 = x1 if x0 < x1 else axis_range(xs, x0, x1)[1]
+    scale = {y: f"{y:,.10g}" for y in ticks(y0, y1)}
+    left, top, bottom, height, ends = 12 + 7 * max(map(len, scale.values())), 50, 222, 172, {}
+    width = WIDTH - 26 - 7.3 * min(20, max(map(len, series))) - left
+    most = int(width / (12 + 7 * len(f"{x1:,.0f}")))            # so many numbers fit below
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return left + width * (x - x0) / (x1 - x0), bottom - height * (y - y0) / (y1 - y0)
+
+    parts = [text_at(0, 36, y_label, "soft"),
+             text_at(left + width, bottom + 36, x_label, "soft end")]
+    parts += [text_at(place(x, y0)[0], bottom + 18, f"{x:,.10g}", "soft middle")
+              for x in ticks(x0, x1, max(4, min(6, most)))]
+    for y, words in scale.items():
+        parts += ['<path class="axis" d="M%.1f,%.1fh%.1f"/>' % (*place(x0, y), width),
+                  text_at(left - 6, place(x0, y)[1] + 4, words, "soft end")]
+    inside = f"{left} {top} {width:.1f} {height}"
+    parts.append('<svg x="%s" y="%s" width="%s" height="%s"' % tuple(inside.split())
+                 + f' viewBox="{inside}">')
+    for i, points in enumerate(series.values()):
+        if points:
+            path = " ".join("%.1f,%.1f" % place(*point) for point in points)
+            parts.append(f'<g class="run{i}"><path d="M{path}"/></g>')
+            ends[i] = min(max(place(*points[-1])[1], top), bottom)
+    parts.append("</svg>")
+    for i, y in zip(ends, spread(list(ends.values()), 15, bottom)):
+        parts += [f'<g class="run{i}"><path d="M{left + width + 4:.1f},{ends[i]:.1f}L'
+                  f'{left + width + 18:.1f},{y:.1f}"/></g>',
+                  text_at(left + width + 22, y + 4, list(series)[i], "name", 20)]
+    return drawing(title, 262, parts)
+
+def dot_chart(rows: dict[str, list[tuple[float, float]]], names: list[str], title: str,
+              x_label: str) -> str:
+    """An SVG of percentages and their standard errors: a row for each label, in it a dot for each
+    name, and a line at the 50 % of chance."""
+    least = min(max(0, value - error) for row in rows.values() for value, error in row)
+    left, low, parts = 12 + 7 * min(26, max(map(len, rows))), min(40, 10 * (least // 10)), []
+    x, top, step = 0.0, 38.0, 12 + 9 * len(names)
+    for i, name in enumerate(names):
+        room = 26 + 7.3 * min(28, len(name))
+        x, top = (x, top) if x + room <= WIDTH else (0.0, top + 18)
+        parts += [f'<circle class="run{i}" cx="{x + 5:.1f}" cy="{top - 4}" r="4"/>',
+                  text_at(x + 14, top, name, "name", 28)]
+        x += room
+    top, bottom = top + 14, top + 14 + step * len(rows)
+
+    def across(percent: float) -> float:
+        return left + (WIDTH - 12 - left) * (percent - low) / (100 - low)
+
+    for k, words in enumerate(rows):
+        band = f'<path class="band" d="M0,{top + step * k}h{WIDTH}v{step}h-{WIDTH}"/>'
+        parts += [band * (k % 2 == 0),
+                  text_at(left - 10, top + step * (k + 0.5) + 4, words, "end", 26)]
+    for tick, kind in [*((tick, "axis") for tick in ticks(low, 100)), (50, "chance")]:
+        parts.append(f'<path class="{kind}" d="M{across(tick):.1f},{top}V{bottom}"/>')
+        parts += [text_at(across(tick), bottom + 18, f"{tick:g}", "soft middle")] * (kind == "axis")
+    for k, row in enumerate(rows.values()):
+        for i, (value, error) in enumerate(row):
+            y, begin = top + step * k + 10.5 + 9 * i, across(max(0, value - error))
+            end = across(min(100, value + error))
+            parts.append(f'<g class="run{i}"><path d="M{begin:.1f},{y}H{end:.1f}"/>'
+                         f'<circle cx="{across(value):.1f}" cy="{y}" r="3.2"/></g>')
+    parts.append(text_at(WIDTH - 12, bottom + 36, x_label, "soft end"))
+    return drawing(title, bottom + 42, parts)
+
+def read_log(path: Path) -> list[dict]:
+    """The lines of a log.jsonl. A killed run's last line may be cut: what is not JSON at the very
+    end is passed over. Error: what is not JSON elsewhere, a line of another kind, no line."""
+    rows, cut, numbers = [], 0, ("loss", "ce", "kl", "dev_loss", "beta", "lr", "tokens_per_second")
+    wanted = "expected a JSON object a line, with a step and its numbers. Leave the run out."
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            cut = cut or number
+            continue
+        need(not cut, f"{path}, line {cut} is damaged: {wanted}")
+        need(isinstance(row, dict) and type(row.get("step")) is int and 0 < row["step"] < 2**53
+             and all(type(row.get(key)) in (int, float, type(None)) for key in numbers),
+             f"{path}, line {number} is damaged: {wanted}")
+        rows.append(row)
+    need(rows, f"{path} holds no step: {wanted}")
+    return rows
+
+def curve(log: list[dict], key: str) -> list[tuple[float, float]]:
+    """What a log says under a key: (step, value) of each line that has a finite number there."""
+    return [(float(row["step"]), float(row[key])) for row in log
+            if row.get(key) is not None and abs(row[key]) < 1e30]
+
+def read_run(folder: Path) -> tuple[dict[str, str], list[dict]]:
+    """A run's cells in the report's table, by heading, and its log; of any other model's folder the
+    parameters alone, and no log. Error: a file that is missing or damaged."""
+    need(folder.is_dir(), f"{folder} is not a folder: expected one of a run.")
+    config, log, path = (folder / name for name in ("config.json", "log.jsonl", "run.json"))
+    cells = dict.fromkeys(("parameters", "objective", "teachers", "steps", "loss", "ce", "kl",
+                           "held-out loss", "tokens/s"), "")
+    if config.exists():
+        cells["parameters"] = f"{count_parameters(empty_model(*from_hf_config(config))):,}"
+    if not log.exists() and not path.exists():
+        need(config.exists(), f"{folder} holds no run and no model: expected run.json, log.jsonl.")
+        return cells, []
+    log, facts = read_log(log), read_json(path)
+    raw, teachers = facts.get("settings"), facts.get("teachers")
+    need(isinstance(raw, dict) and "objective" in raw and isinstance(teachers, list),
+         f"{path} is damaged: expected settings with an objective, and a list of teachers. "
+         "Leave the run out.")
+    settings = SimpleNamespace(**{name: checked(field, raw.get(name, field.default), f"{path}: "
+                                                f"{name}") for name, field in KNOWN.items()})
+    constant = DIVERGENCES.get(settings.objective, (None, None))[1]
+    cells["objective"] = describe_loss(settings).removeprefix("loss ") + (
+        f", {constant} {getattr(settings, constant):g}" if constant else "")
+    cells["teachers"] = ", ".join(Path(str(teacher)).name for teacher in teachers) or "none"
+    cells["steps"] = f"{log[-1]['step']:,}" + ", unfinished" * (
+        not (folder / "model.safetensors").exists())
+    for key, last, form in (("loss", 20, ".3f"), ("ce", 20, ".3f"), ("kl", 20, ".3f"),
+                            ("dev_loss", 1, ".4f"), ("tokens_per_second", 1, ",.0f")):
+        values = [value for _, value in curve(log, key)[-last:]]
+        head = {"dev_loss": "held-out loss", "tokens_per_second": "tokens/s"}.get(key, key)
+        cells[head] = format(np.mean(values), form) if values else ""
+    return cells, log
+
+def curves(logs: list[list[dict]], names: list[str]) -> list[str]:
+    """A chart of each quantity that a log has twice or more; of no loss that is but cross-entropy.
+
+    A curve has up to 100 points, the means of stretches of it: that keeps the page small and
+    smooths lightly. A loss is shown up to what it is after the first eighth, for it begins so high
+    that nothing else could be told apart."""
+    charts = []
+    for key, title, unit in (
+            ("ce", "Cross-entropy", "nats a token, training text"),
+            ("dev_loss", "Held-out loss", "cross-entropy, nats a token"),
+            ("kl", "Divergence from the teachers", "τ² × divergence, nats a token"),
+            ("loss", "Loss, by each run's own objective", "nats a token"),
+            ("lr", "Learning rate", "AdamW's step size"),
+            ("beta", "Beta, the teachers' share of the mixed logits", "share; 1: no mixing")):
+        series = {}
+        for name, points in zip(names, (curve(log, key) for log in logs)):
+            parts = np.array_split(np.array(points), min(100, len(points))) if points else []
+            series[name] = [tuple(part.mean(0)) for part in parts]
+        told = key != "loss" or any(curve(log, "kl") for log in logs)
+        if told and max(map(len, series.values())) > 1:
+            late = max(y for points in series.values() for _, y in points[len(points) // 8:])
+            charts.append(line_chart(series, title, "steps", unit, *(
+                (0, None) if key == "lr" else (0, 1) if key == "beta" else (None, late))))
+    return charts
+
+def accuracies(paths: list[Path]) -> dict[str, list[tuple[float, float]]]:
+    """From models' scores of the same pairs, in percent: for the mean and for each phenomenon, each
+    model's accuracy and its standard error. Error: they are not of the same pairs."""
+    judged = [read_scores(path) for path in paths]
+    for path, each in zip(paths, judged):
+        need(each.names == judged[0].names, f"{path} and {paths[0]} name other pairs: one of them "
+             "is damaged: score the models again with eval-blimp.")
+    pairs = [Pair(("", ""), ("", ""), paradigm, term, "") for term, paradigm, _ in judged[0].names]
+    results = [summarise(pairs, np.stack([each.right, 1 - each.right], 1), 0.5) for each in judged]
+    rows = {f"mean of {len(results[0]['paradigms'])} paradigms": results} | {
+        term.replace("_", " "): [result["phenomena"][term] for result in results]
+        for term in results[0]["phenomena"]}
+    return {words: [(100 * each["accuracy"], 100 * each["stderr"]) for each in row]
+            for words, row in rows.items()}
+
+def report_page(names: list[str], table: list[dict[str, str]], figures: list[str]) -> str:
+    """The report, whole: HTML that needs no other file."""
+    kinds = {head: "" if head in ("objective", "teachers") else "number" for head in table[0]
+             if head != "run" and any(row[head] for row in table)}
+    rows = ["<th>run" + "".join(f'<th class="{kind}">{head}' for head, kind in kinds.items())]
+    for i, (name, row) in enumerate(zip(names, table)):
+        cells = "".join(f'<td class="{kind}">{html.escape(row[head])}'
+                        for head, kind in kinds.items())
+        rows.append(f'<td><span class="run{i}">●</span> <b>{html.escape(name)}</b><br><small>'
+                    f"{html.escape(row['run'])}</small>{cells}")
+    title = html.escape(names[0] if len(names) == 1 else f"{len(names)} runs side by side")
+    policy = "default-src 'none'; style-src 'unsafe-inline'"
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{STYLE}</style>
+<h1>{title}</h1><div class="wide"><table><tr>{"<tr>".join(rows)}</table></div>
+<p>Losses are in nats a token; loss, ce (cross-entropy) and kl (τ² × divergence) are means of the
+last 20 steps. Each objective has a loss of its own: compare ce, or the held-out loss. Curves of
+losses are cut off above what they are after an eighth of the steps. ± is one standard error;
+whether a difference is more than luck, choobaca.py compare says.</p>
+<main><figure>{"</figure><figure>".join(figures)}</figure></main></html>
+"""
+
+@cli.command("report")
+@click.argument("folders", metavar="RUN [RUN ...]", type=click.Path(path_type=Path), nargs=-1,
+                required=True)
+@click.option("-o", "--out", type=click.Path(path_type=Path),
+              help="The page to write, *.html.  [default: report.html in the first run's folder]")
+def report_command(folders: tuple[Path, ...], out: Path | None) -> None:
+    """Write a page on up to eight runs: what they are, their curves and their grammar.
+
+    It is one HTML file that needs no other. Accuracies are of pairs that train or eval-blimp has
+    scored for all of the runs.
+
+    \b
+    Example: python choobaca.py report runs/tiny-ce-0-seed0 runs/tiny-rkl-1-seed0"""
+    most, out = len(COLOURS[0]), out or folders[0] / "report.html"
+    need(len({folder.resolve() for folder in folders}) == len(folders) <= most,
+         f"{len(folders)} runs are named: expected 1 to {most} different ones.")
+    need(out.suffix == ".html", f"--out {out}: expected a name that ends in .html.")
+    found, names, figures = [read_run(folder) for folder in folders], [*map(str, folders)], []
+    table = [{"run": name, **cells} for name, (cells, _) in zip(names, found)]
+    shared = os.path.commonprefix(names)        # is left out, up to a / or, of several, a -
+    cut = 1 + max(map(shared.rfind, "/-" if len(names) > 1 else "/"))
+    names = [name[cut:] or name for name in names]
+    for suite in SUITES:
+        try:
+            scores = common_scores(list(folders), suite)
+        except click.ClickException as error:
+            figures += [f"<p>{html.escape(error.message)}</p>"] * (suite == "blimp")
+            continue
+        rows = accuracies([folder / scores for folder in folders])
+        figures.append(dot_chart(rows, names, f"Accuracy on {suite}",
+                                 "accuracy, %, ± standard error; dashed: chance"))
+        for row, (accuracy, error) in zip(table, next(iter(rows.values()))):
+            row[f"{suite}, %"] = f"{accuracy:.1f} ± {error:.1f}"
+    figures += curves([log for _, log in found], names)
+    with written_whole(out) as file:
+        file.write(report_page(names, table, figures).encode(errors="replace"))
+    click.echo(out)
 
 def measure(step, leaves: tuple[Tensor, ...]) -> tuple[float, int | None]:
     """Seconds of a step, by the clock or CUDA's events, and the bytes that it holds at its peak

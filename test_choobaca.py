@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import http.server
+import html
 import importlib.util
 import io
 import itertools
@@ -1998,6 +1999,181 @@ def test_bad_input_is_one_sentence_and_nothing_is_left(tmp_path, monkeypatch):
         assert not (tmp_path / "out").exists(), args
 
 
+def some_run(folder: Path, vocabulary, right: float = 0.8, objective: str = "drkl") -> Path:
+    """A finished run as the report finds it: 40 steps, two held-out losses, scores of 200 pairs."""
+    c.save_model(folder, model(V=vocabulary.size), vocabulary)
+    own = dataclasses.asdict(settings(objective=objective, teachers=int(objective != "ce")))
+    teachers = [] if objective == "ce" else ["runs/coach"]
+    c.write_json(folder / "run.json", {"settings": own, "teachers": teachers})
+    lines = [{"step": 20, "dev_loss": 3.5}, {"step": 40, "dev_loss": 3.25}]
+    for step in range(1, 41):
+        line = {"step": step, "loss": 8 / step, "ce": 9 / step, "lr": 1e-3 / step}
+        line |= {"kl": 2 / step, "beta": 1.0} if objective != "ce" else {}
+        lines.insert(-1, line | {"tokens_per_second": 1234.5})
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    pairs = [
+        c.Pair(("", f" {i}"), ("", f" {i}b"), f"p{i % 4}", f"term_{i % 2}", f"a.jsonl, line {i}")
+        for i in range(200)
+    ]
+    sure = np.arange(200)[:, None] < 200 * right
+    c.keep_scores(folder, "blimp", pairs, np.where(sure, [-1.0, -2.0], [-2.0, -1.0]))
+    return folder
+
+
+def table_of(page: str) -> list[list[str]]:
+    """The texts in the cells of a report's table."""
+    rows = page.split("</table>")[0].split("<tr>")[1:]
+    texts = [re.findall(r"<t[dh][^>]*>(.*?)(?=<t[dh]|$)", row, re.S) for row in rows]
+    return [[html.unescape(re.sub("<[^>]*>", "", text)) for text in row] for row in texts]
+
+
+def test_a_report_shows_what_the_runs_are(tmp_path, vocabulary):
+    alone = some_run(tmp_path / "x-ce-0", vocabulary, 0.5, "ce")
+    drkl = some_run(tmp_path / "x-drkl-1", vocabulary)
+    done = invoke("report", alone, drkl)
+    assert done.stdout == f"{alone / 'report.html'}\n" and done.stderr == ""
+    page = (alone / "report.html").read_text()
+    size = f"{c.count_parameters(model(V=vocabulary.size)):,}"
+    loss, ce, kl = (f"{np.mean([top / i for i in range(21, 41)]):.3f}" for top in (8, 9, 2))
+    first = ["parameters", "objective", "teachers", "steps", "loss", "ce", "kl"]
+    objective = "0.5 ce + 2 drkl at temperature 2, gamma 0.5"
+    assert table_of(page) == [
+        ["run", *first, "held-out loss", "tokens/s", "blimp, %"],
+        [f"● ce-0{alone}", size, "ce", "none", "40", loss, ce, ""]
+        + ["3.2500", "1,234", "50.0 ± 3.6"],
+        [f"● drkl-1{drkl}", size, objective, "coach", "40", loss, ce, kl]
+        + ["3.2500", "1,234", "80.0 ± 2.9"],
+    ]
+    charts = re.findall("<figure>(<svg.*?)</figure>", page, re.S)
+    drawn = {ElementTree.fromstring(chart).get("aria-label"): chart for chart in charts}
+    assert [re.match("[^, ]+", title)[0] for title in drawn] == (
+        ["Accuracy", "Cross-entropy", "Held-out", "Divergence", "Loss", "Learning", "Beta"]
+    )
+    for title, chart in drawn.items():
+        assert ">drkl-1</text>" in chart and 'class="run1"' in chart
+        only_one = title.startswith(("Divergence", "Beta"))  # and the other keeps its colour
+        assert (">ce-0</text>" in chart) == ('class="run0"' in chart) == (not only_one)
+    assert ">1</text>" in drawn["Cross-entropy"] and ">8</text>" not in drawn["Cross-entropy"]
+    assert not re.search("<script|<link|src=|@import|url\\(", page)
+    assert set(re.findall('https?:[^"]*', page)) == {"http://www.w3.org/2000/svg"}
+    invoke("report", alone, "-o", tmp_path / "one.html")
+    page = (tmp_path / "one.html").read_text()
+    assert "<h1>x-ce-0</h1>" in page and "Loss, by" not in page  # which is its cross-entropy
+
+
+def test_a_report_of_a_killed_run_a_plain_model_and_a_long_run(tmp_path, vocabulary):
+    long, killed = (some_run(tmp_path / name, vocabulary) for name in ("long", "killed"))
+    steps = [{"step": i + 1, "loss": 2.0, "ce": 2 + math.sin(i), "lr": 0.0} for i in range(20_000)]
+    (long / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
+    plain, out = tmp_path / "plain", tmp_path / "pages/a.html"
+    c.save_model(plain, model(V=vocabulary.size, seed=1), vocabulary)
+    assert invoke("report", plain, long, "-o", out).stdout == f"{out}\n"
+    page = out.read_text()
+    assert len(page) < 20_000 and page.count("<svg xmlns") == 2  # cross-entropy, learning rate
+    assert "no same pairs of blimp were scored for all: run eval-blimp" in page
+    assert table_of(page)[1][2:] == [""] * 5  # objective to ce; no column is all empty
+    c.keep_scores(plain, "blimp", sentences("a", "b"), np.array([[-1.0, -2.0]]))
+    invoke("report", plain, "-o", out)
+    assert table_of(out.read_text())[0] == ["run", "parameters", "blimp, %"]
+    (killed / "model.safetensors").unlink()
+    for path in killed.glob("blimp-*.jsonl"):
+        path.unlink()
+    with open(killed / "log.jsonl", "a") as log:
+        log.write('{"step": 41, "loss": 0.')
+    invoke("report", killed, "-o", out)
+    assert table_of(out.read_text())[1][4] == "40, unfinished"
+
+
+def test_nothing_in_a_run_becomes_html(tmp_path, vocabulary):
+    bad = "<script>alert('&\"')</script>"
+    run = some_run(tmp_path / bad.replace("/", "-"), vocabulary)
+    facts = json.loads((run / "run.json").read_text())
+    facts["teachers"], facts["settings"]["text"] = [bad.replace("/", "-"), 3, "\ud800"], bad
+    c.write_json(run / "run.json", facts)
+    (scores,) = run.glob("blimp-*.jsonl")
+    scores.write_text(scores.read_text().replace("term_1", bad.replace('"', '\\"')))
+    invoke("report", run)
+    page = (run / "report.html").read_text()
+    assert "<script" not in page and table_of(page)[1][3].startswith(
+        "<script>alert('&\"')<-script>"
+    )
+    assert html.escape(bad[:13]) in page.split("<main>")[1]
+    facts["settings"]["objective"] = bad
+    c.write_json(run / "run.json", facts)
+    assert "run.json: objective is" in invoke("report", run, code=1).stderr
+
+
+def test_a_report_of_what_is_damaged_is_one_sentence(tmp_path, vocabulary):
+    run, twin = (some_run(tmp_path / name, vocabulary) for name in ("run", "twin"))
+    other, out, line = tmp_path / "other", tmp_path / "a.html", '{"step": 1, "loss": 2.0}'
+    facts = json.loads((run / "run.json").read_text())
+
+    def fails(wanted, name="", content="", runs=(run,)):
+        kept = (run / name).read_bytes() if name else b""
+        if name and content is None:
+            (run / name).unlink()
+        elif name:
+            (run / name).write_text(content)
+        result = invoke("report", *runs, "-o", out, code=1)
+        assert wanted in result.stderr and result.stdout == "", result.stderr
+        assert len(result.stderr.strip().splitlines()) == 1 and not out.exists()
+        if name:
+            (run / name).write_bytes(kept)
+
+    fails("log.jsonl: No such file", "log.jsonl", None)
+    fails("run.json: No such file", "run.json", None)
+    fails("run.json is not JSON", "run.json", "{")
+    fails("run.json is damaged", "run.json", "{}")
+    facts["settings"]["lr"] = "x"
+    fails("run.json: lr is 'x'", "run.json", json.dumps(facts))
+    fails("log.jsonl holds no step", "log.jsonl", "hello")
+    fails("log.jsonl, line 2 is damaged", "log.jsonl", f'{line}\n{{"step": 2, "lo\n{line}\n')
+    for wrong in ("[]", '{"loss": 1}', '{"step": true}', '{"step": 1, "loss": "2"}'):
+        fails("log.jsonl, line 1 is damaged", "log.jsonl", wrong)
+    fails("config.json", "config.json", "[]")
+    fails("2 runs are named: expected 1 to 8", runs=(run, run))
+    fails("9 runs are named: expected 1 to 8", runs=[tmp_path / str(i) for i in range(9)])
+    fails("other is not a folder", runs=(other,))
+    other.mkdir()
+    fails("other holds no run and no model", runs=(run, other))
+    (scores,) = run.glob("blimp-*.jsonl")
+    fails("is damaged: expected one JSON object a line", scores.name, "{")
+    assert "ends in .html" in invoke("report", run, "-o", run / "log.jsonl", code=1).stderr
+    (twin / scores.name).write_text(scores.read_text().replace("term_1", "term_2"))
+    fails("name other pairs", runs=(run, twin))
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (-3, 1e-9), (2.28, 2.31), (7, 13_200), (1e20, 3e20)])
+def test_ticks_are_few_and_round(low, high):
+    for most in range(4, 8):
+        found = c.ticks(low, high, most)
+        assert len(found) <= most and low <= min(found) and max(found) <= high * (1 + 1e-12)
+    assert len(c.ticks(low, high)) >= 2
+    gaps = {f"{b - a:.6e}" for a, b in itertools.pairwise(c.ticks(low, high))}
+    assert len(gaps) == 1 and re.match("[125]\\.000000e", *gaps)
+
+
+def test_dots_lie_where_their_percentages_are():
+    chart = c.dot_chart({"row": [(50.0, 0.0), (100.0, 5.0)]}, ["a", "b"], "", "")
+    chance, ends = re.search(r'"chance" d="M([\d.]+)', chart)[1], re.findall(r"H([\d.]+)", chart)
+    dots = re.findall(r'<circle cx="([\d.]+)"', chart)
+    assert dots == [chance, f"{c.WIDTH - 12:.1f}"] == ends  # no bar ends beyond 100 %
+
+
+def test_a_line_chart_takes_any_numbers():
+    """Labels keep apart and in the order of the curves' ends; no range of values is too small."""
+    ends = {f"curve {i}": [(0.0, 1.0), (1.0, 1 + i % 4 / 1000)] for i in range(8)}
+    drawn = ElementTree.fromstring(c.line_chart({**ends, "none": []}, "<T>", "x & y", "y"))
+    texts = [text for text in drawn.iter() if text.get("class") == "name"]
+    places = sorted((float(text.get("y")), text.text) for text in texts)
+    assert len(texts) == 8 and all(b[0] - a[0] >= 14.9 for a, b in itertools.pairwise(places))
+    assert {name for _, name in places[:2]} == {"curve 3", "curve 7"} and places[-1][0] <= 226
+    for ys in ((0, 0), (0, 5e-324), (2, 2 + 1e-15), (-1e29, 1e29), (1e-300, 0)):
+        for x in (1, 2**53 - 1):
+            chart = c.line_chart({"a": [(x, ys[0]), (x, ys[1])]}, "", "", "")
+            assert "nan" not in chart and "inf" not in chart
+
+
 def test_bench_compares_and_weighs():
     """On sizes where all logits, forward and backward, are far more than the chunks."""
     args = ["bench", "--rows", "2000", "--vocab-size", "4000", "--width", "16", "--repeats", "2"]
@@ -3072,9 +3248,9 @@ def test_nothing_is_used_before_it_is_defined():
 
 def test_the_files_bars():
     lines = SOURCE.splitlines()
-    assert len(lines) < 2900 and max(map(len, lines)) <= 100
+    assert len(lines) < 3400 and max(map(len, lines)) <= 100
     rulers = {line[2]: i for i, line in enumerate(lines) if re.match(r"# \d\. ", line)}
-    assert list(rulers) == list("123456789") and rulers["7"] - rulers["1"] < 880
+    assert list(rulers) == list("123456789") and rulers["7"] - rulers["1"] < 930
     functions = [n for n in ast.walk(TREE) if isinstance(n, ast.FunctionDef)]
     assert max(n.end_lineno - n.lineno + 1 for n in functions) <= 50
     assert not re.search("TODO|FIXME|XXX", SOURCE)
