@@ -1152,7 +1152,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         header = dict(json.loads(content[8:8 + length].tobytes()))
     except (ValueError, TypeError, RecursionError) as error:
         raise click.ClickException(broken + f"its header is not a JSON object ({error}).")
-    values, tensors = content[8 + length:], {}
+    values, tensors, taken = content[8 + length:], {}, []
     for name, entry in header.items():
         if name == "__metadata__":
             continue
@@ -1165,8 +1165,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
             sound = False
         need(sound, broken + f"its entry for {name!r} is {str(entry)[:100]}.")
         need(end <= len(values), broken + f"{name!r} ends at byte {end:,} of {len(values):,}.")
+        taken.append((start, end))
         raw = torch.from_numpy(values[start:end])
         tensors[name] = (raw.view(dtype) if len(raw) else torch.empty(0)).view(shape)
+    need(all(a[1] <= b[0] for a, b in itertools.pairwise(sorted(taken))), broken + "two of its "
+         "tensors overlap.")
     return tensors
 
 def save_model(folder: Path, model: Model, vocabulary: Vocabulary) -> None:
@@ -1616,8 +1619,7 @@ def fit(run: Run, corpus: Corpus, device: str, resume: bool = False) -> tuple[in
     if settings.compile and device == "cuda":
         for each in (model, *(coach.teachers if coach else ())):
             each.compile()
-    record = describe_run(run, corpus, device)
-    first, spent = starting_point(run, record, resume, steps, progress)
+    first, spent = starting_point(run, describe_run(run, corpus, device), resume, steps, progress)
     with signals_kept() as signals, Journal(run, progress.scaler, first, steps, spent) as journal:
         saved = time.monotonic()
         for step in range(first, steps):
@@ -3104,7 +3106,7 @@ def svg_path(points: list[tuple[float, float]], color: str, width: float = 1.5) 
     line = "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
     return f'<path d="M{line}" fill="none" stroke="{color}" stroke-width="{width}"/>'
 
-def line_chart(series: dict[str, list[float]], title: str, x: float, y: float, width: float,
+def toy_chart(series: dict[str, list[float]], title: str, x: float, y: float, width: float,
                height: float, colors: dict[str, str], log: bool = False) -> str:
     """Series of at least two numbers from 0 up, as lines in a box whose top left is (x, y): SVG.
 
@@ -3206,11 +3208,11 @@ def toy_figure(results: dict[str, dict]) -> str:
     for i, (teacher, result) in enumerate(results.items()):
         rows, y = result["objectives"], 70 + 190 * i
         for j, part in enumerate(("head", "tail")):
-            parts.append(line_chart({name: row[part] for name, row in rows.items()}, f"{teacher}: "
+            parts.append(toy_chart({name: row[part] for name, row in rows.items()}, f"{teacher}: "
                                     f"{part}'s error by epoch", 60 + 320 * j, y, 250, 130, colors,
                                     log=True))
         bells = {"teacher": result["p"]} | {name: row["gaussian_q"] for name, row in rows.items()}
-        parts.append(line_chart(bells, f"{teacher}: Gaussian students", 700, y, 250, 130, colors))
+        parts.append(toy_chart(bells, f"{teacher}: Gaussian students", 700, y, 250, 130, colors))
     return ('<svg xmlns="http://www.w3.org/2000/svg" width="1000" height="{0}" viewBox="0 0 1000 '
             '{0}" style="font:13px sans-serif">\n<rect width="100%" height="100%" fill="#fff"/>\n'
             "{1}\n</svg>\n").format(60 + 190 * len(results), "\n".join(parts))

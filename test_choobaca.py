@@ -2570,8 +2570,12 @@ WEIGHTS = {
         "'lm_head.weight' as none",
     ),
     "weight unknown": (
-        lambda p: rewrite_header(p, lambda h: h.update(extra=h["lm_head.weight"])),
+        lambda p: rewrite_header(p, lambda h: h.update(extra=h.pop("lm_head.weight"))),
         "'extra' as [",
+    ),
+    "overlap": (
+        lambda p: rewrite_header(p, lambda h: h.update(extra=h["lm_head.weight"])),
+        "two of its tensors overlap",
     ),
     "missing": (lambda p: p.unlink(), "is missing"),
 }
