@@ -51,8 +51,8 @@ import math
 import os
 import platform
 import re
+import shutil
 import signal
-import stat
 import subprocess
 import sys
 import tempfile
@@ -2566,100 +2566,67 @@ def configs_command(as_json: bool) -> None:
 
 PIECE, ROOM = 2**16, 4 * 10**9      # bytes: held at once, and unpacked at most from an archive
 
-def receive(url: str, path: Path):
-    """What lies at an address, without what `path` has of it: pieces of (where it belongs, bytes).
+def receive(url: str, path: Path) -> None:
+    """Load what lies at an address into a file, after what it holds of it if the server can do so.
 
-    All of it where the server knows no ranges. Error: it does not answer in 30 seconds, refuses, or
-    sends less than it said it would."""
-    have, at, total = path.stat().st_size, 0, None
-    # The last byte is asked for again: after the end of a whole file a server has nothing to send.
-    headers = {"User-Agent": "choobaca"} | ({"Range": f"bytes={have - 1}-"} if have else {})
+    Error: it does not answer in 30 seconds, refuses, or sends less than it said it would."""
+    request = urllib.request.Request(url, headers={"User-Agent": "choobaca"})
+    if path.exists():
+        request.add_header("Range", f"bytes={path.stat().st_size}-")
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers),
-                                    timeout=30) as reply:
-            total, place = reply.length, reply.headers["Content-Range"]
-            if reply.status == 206:
-                numbers = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", place or "")
-                if not numbers or int(numbers[1]) > have:
-                    raise ValueError(f"{place!r} is not the range asked for")
-                at, total = map(int, numbers.groups())
-            piece = None
-            with tqdm(desc=url.split("/")[2], initial=at, total=total, unit="B", unit_scale=True,
-                      leave=False) as bar:
-                while piece != b"":
-                    piece = reply.read(PIECE)
-                    yield at, piece
-                    at += len(piece)
-                    bar.update(len(piece))
-            if total not in (None, at):
-                raise ConnectionError("the connection was closed")
+        with urllib.request.urlopen(request, timeout=30) as reply, \
+                open(path, "ab" if reply.status == 206 else "wb") as file:
+            have, size = file.tell(), reply.length
+            total = size if size is None else have + size
+            with tqdm(desc=url.split("/")[2], initial=have, total=total, unit="B",
+                      unit_scale=True, leave=False) as bar:
+                while piece := reply.read(PIECE):
+                    bar.update(file.write(piece))
+            if total not in (None, file.tell()):
+                raise ConnectionError(f"it broke off after {file.tell():,} of {total:,} bytes")
     except (OSError, http.client.HTTPException, ValueError) as error:
-        if getattr(error, "code", 0) == 416:                # there is less of it than we have
-            os.truncate(path, 0)
-        reason, of = " ".join(str(error).strip("<>").split()), f" of {total:,}" if total else ""
-        raise click.ClickException(
-            f"{url} broke off after {at:,}{of} bytes: {reason}. Run this again to go on." if at else
-            f"{url} cannot be read: {reason}. Run this again, or put the file there by hand: "
-            f"{path.with_suffix('')}.")
+        if getattr(error, "code", 0) == 416:                # there is no more of it than we have
+            path.unlink()
+        reason = " ".join(str(error).strip("<>").split())
+        raise click.ClickException(f"{url} is not loaded: {reason}. Run this again to go on, or "
+                                   f"put the file there by hand: {path.with_suffix('')}.")
 
 def fetch(source: Source, path: Path) -> None:
     """Load an archive, or what an earlier call left to be loaded; one put there by hand is taken.
 
     Error: those of `receive`, after which a next call goes on; another digest than the source's."""
-    partial, file = path.with_name(path.name + ".partial"), path
+    partial = path.with_name(path.name + ".partial")
     if not path.exists():
-        file = partial
-        with naming(partial), open(partial, "ab") as out:
-            for at, piece in receive(source.url, partial):
-                out.truncate(at)
-                out.write(piece)
-    kind = "md5" if len(source.digest) == 32 else "sha256"
-    found = source.digest and file_digest(file, kind)
-    if found != source.digest:
+        receive(source.url, partial)
+    file, kind = path if path.exists() else partial, "sha256" if source.digest[32:] else "md5"
+    if source.digest and file_digest(file, kind) != source.digest:
         partial.unlink(missing_ok=True)
-        raise click.ClickException(
-            f"{file} of {source.url} has the {kind} {found}: expected {source.digest}. What was "
-            f"loaded is removed: run this again, with the right file or none as {path}.")
+        raise click.ClickException(f"{file} of {source.url} has another {kind} than expected, "
+                                   f"{source.digest}. What was loaded is removed: run this again, "
+                                   f"with the right file or none as {path}.")
     file.replace(path)
 
-def archive_pieces(path: Path, members: dict[str, str]):
-    """What is wanted of a zip file, in pieces of (path on disk, bytes).
-
-    That path is a key of `members` and its pattern's group, no more: it leads nowhere else. Error:
-    no whole zip file, a link, two files of one name, more than ROOM bytes, nothing for a key."""
-    found, room = {folder: set() for folder in members}, ROOM
+def unpack(path: Path, members: dict[str, str], folder: Path) -> None:
+    """Write what is wanted of a zip file into a folder, under the names of the patterns' groups,
+    which lead nowhere else. Error: damaged, more than ROOM bytes, nothing for a pattern."""
     try:
         with zipfile.ZipFile(path) as archive:
-            for info, folder in itertools.product(archive.infolist(), members):
-                match = re.fullmatch("(?:.*/)?" + members[folder], info.filename)
-                if not match:
-                    continue
-                # By other methods than deflate a piece may unpack to more than the memory holds.
-                plain = info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-                need(plain and not stat.S_ISLNK(info.external_attr >> 16)
-                     and match[1] not in found[folder], f"{path}: {match[1]} is a link, or there "
-                     "twice, or not deflated: expected one plain file. Delete the archive and run "
-                     "this again.")
-                found[folder].add(match[1])
-                with archive.open(info) as member:
-                    for piece in itertools.chain([b""], iter(lambda: member.read(PIECE), b"")):
-                        room -= len(piece)
-                        need(room >= 0, f"{path} unpacks to more than {ROOM:,} bytes: expected "
-                             "text. Delete it and run this again.")
-                        yield Path(folder, match[1]), piece
+            wanted = {Path(below, match[1]): (below, info)
+                      for info in archive.infolist() for below, pattern in members.items()
+                      if (match := re.fullmatch("(?:.*/)?" + pattern, info.filename))}
+            need({below for below, _ in wanted.values()} == set(members)
+                 and sum(info.file_size for _, info in wanted.values()) <= ROOM,
+                 f"{path}: expected {', '.join(members.values())}, of {ROOM:,} bytes at most. "
+                 "Delete it and run this again.")
+            for name, (_, info) in wanted.items():
+                with archive.open(info) as member, written_whole(folder / name) as file:
+                    file.writelines(iter(lambda: member.read(PIECE), b""))
     except click.ClickException:
         raise
     except Exception as error:                      # a damaged archive raises a dozen kinds
         raise click.ClickException(f"{path} cannot be unpacked: {str(error) or 'it is cut off'}. "
-                                   "Delete it and run this again.")
-    need(all(found.values()), f"{path} does not hold all of {', '.join(members.values())}: "
-         "expected another archive. Delete it and run this again.")
-
-def unpack(path: Path, members: dict[str, str], folder: Path) -> None:
-    """Write what is wanted of a zip file into a folder."""
-    for name, pieces in itertools.groupby(archive_pieces(path, members), lambda part: part[0]):
-        with written_whole(folder / name) as file:
-            file.writelines(piece for _, piece in pieces)
+                                   "Make room if the disk is full, else delete it, and run this "
+                                   "again.")
 
 @cli.command("download")
 @click.argument("name", type=click.Choice(list(SOURCES)))
@@ -2685,232 +2652,173 @@ def download_command(name: str, out: Path | None) -> None:
         for path, source in archives.items():
             unpack(path, source.members, Path(folder, name))
         Path(folder, name).replace(out)
-    for path in work.glob("[0-9].zip*"):
-        path.unlink()
-    with contextlib.suppress(OSError):              # what else lies there is not ours
-        work.rmdir()
+    shutil.rmtree(work)
     sizes = [path.stat().st_size for path in out.rglob("*") if path.is_file()]
     click.echo(f"{out}: {len(sizes)} files, {sum(sizes):,} bytes")
 
 COLOURS = (         # of eight curves, on light and on dark: apart for colour-blind eyes, too
     ("#373bb3", "#ed7a0b", "#00a570", "#882a6f", "#755d1c", "#7c85ff", "#1d2228", "#a591ba"),
     ("#7f7cff", "#e0621c", "#2ee69a", "#b2659c", "#fdcc3c", "#a7d3ff", "#fffdf4", "#838c6a"))
-STYLE = """:root { color-scheme: light dark; --page: #fff; --ink: #1d2228; --soft: #5c6470;
---line: #e3e6ea; --band: #f5f6f8 } @media (prefers-color-scheme: dark) { :root { --page: #15171b;
---ink: #e6e8eb; --soft: #a0a7b1; --line: #33373e; --band: #1c1f24 } }
-body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; background: var(--page);
-color: var(--ink); font: 13px/1.5 system-ui, sans-serif } main { columns: 26rem 2; gap: 2rem }
-.wide { overflow-x: auto } table { min-width: 56rem; border-collapse: collapse; line-height: 1.35 }
-th, td { padding: 6px 12px 6px 0; text-align: left; vertical-align: top;
-border-bottom: 1px solid var(--line) } th, small, p { color: var(--soft); font-weight: 500 }
-.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
-p { max-width: 46rem } figure { margin: 0 0 1.5rem; break-inside: avoid } svg { display: block }
-td:first-child { min-width: 10rem } .name { font-family: ui-monospace, monospace }
-text { fill: var(--ink); font: 12px system-ui, sans-serif } .soft { fill: var(--soft) }
-.end { text-anchor: end } .middle { text-anchor: middle } .band { fill: var(--band) }
-.title { font-size: 15px; font-weight: 600 } .axis { stroke: var(--line) }
-.chance { stroke: var(--soft); stroke-dasharray: 4 3 }
-[class^=run] path { stroke: currentColor; stroke-width: 1.6; fill: none; stroke-linejoin: round }
-circle { fill: currentColor }\n""" + "\n".join(
-    f"@media (prefers-color-scheme: {scheme}) {{ .run{i} {{ color: {colour} }} }}"
-    for scheme, colours in zip(("light", "dark"), COLOURS) for i, colour in enumerate(colours))
-WIDTH = 460         # of a chart, in its own pixels: two stand side by side on a page of 1,000
+STYLE = """:root { color-scheme: light dark } body, svg { font: 13px/1.4 system-ui, sans-serif }
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem } main { columns: 26rem 2; gap: 2rem }
+h1 { font-size: 20px } table { border-collapse: collapse; display: block; overflow-x: auto }
+th, td { padding: 6px 12px 6px 0; text-align: left; vertical-align: top; min-width: 2rem;
+border-bottom: 1px solid #8886 } small, th { opacity: 0.7 } td:nth-child(1) { min-width: 10rem }
+td:last-child { white-space: nowrap }
+figure { margin: 0 0 1.5rem; break-inside: avoid } figure svg { max-width: 100%%; height: auto }
+text { fill: currentColor; font-size: 12px } .soft { opacity: 0.7 } .end { text-anchor: end }
+.middle { text-anchor: middle } .title { font-size: 15px; font-weight: 600 }
+path { fill: none; stroke: currentColor; stroke-width: 1.6; stroke-linejoin: round }
+.axis, .chance { stroke: #8886; stroke-width: 1 } .chance { stroke: #888; stroke-dasharray: 4 3 }
+circle { fill: currentColor } %s @media (prefers-color-scheme: dark) { %s }""" % tuple(
+    "\n".join(f".run{i} {{ color: {colour} }}" for i, colour in enumerate(colours))
+    for colours in COLOURS)
+CURVES = {          # the numbers of a log that a report draws
+    "ce": "Cross-entropy on training text", "dev_loss": "Held-out loss",
+    "kl": "Divergence from the teachers, × τ²", "loss": "Loss, by each run's own objective",
+    "lr": "Learning rate", "beta": "Beta, the teachers' share of the mixed logits"}
 
-def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """The round numbers from low to high, `most` of them or fewer: multiples of 1, 2 or 5 times a
-    power of ten. low < high, most > 3."""
-    size = 10.0 ** math.floor(math.log10((high - low) / (most - 1)))
-    step = next(size * k for k in (1, 2, 5, 10, 20) if size * k * (most - 1) >= high - low)
+def ticks(low: float, high: float) -> list[float]:
+    """The round numbers from low to high, six or fewer: multiples of 1, 2 or 5 times a power of
+    ten. low < high."""
+    size = 10.0 ** math.floor(math.log10((high - low) / 5))
+    step = next(size * k for k in (1, 2, 5, 10, 20) if size * k * 5 >= high - low)
     return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
-def axis_range(values: list[float], low: float | None, high: float | None) -> tuple[float, float]:
-    """From low to a little above high, or, where None, from and to a little beyond the values."""
-    least, most = min(values) if low is None else low, max(values) if high is None else high
-    size, width = max(abs(least), abs(most)), most - least
-    margin = 0.05 * (width if width > 1e-6 * size + 1e-30 else size if size > 1e-30 else 1.0)
-    return least - margin * (low is None), most + margin
-
-def spread(places: list[float], gap: float, bottom: float) -> list[float]:
-    """Places for labels: near those given and in their order, `gap` apart, none below `bottom`."""
-    order, spaced = sorted(range(len(places)), key=places.__getitem__), list(places)
-    for above, i in itertools.pairwise(order):
-        spaced[i] = max(spaced[i], spaced[above] + gap)
-    for k, i in enumerate(reversed(order)):
-        spaced[i] = min(spaced[i], bottom - gap * k)
-    return spaced
-
-def text_at(x: float, y: float, words: str, kind: str = "", most: int = 60) -> str:
-    """A text of an SVG, escaped; the middle of one that is longer than `most` is left out."""
-    if len(words) > most:
-        words = f"{words[:most // 2]}…{words[1 + most // 2 - most:]}"
+def text_at(x: float, y: float, words: str, kind: str = "") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{html.escape(words)}</text>'
 
-def drawing(title: str, height: float, parts: list[str]) -> str:
-    """The SVG of a chart, with its title. Its looks are in STYLE."""
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0f}" '
-            f'role="img" aria-label="{html.escape(title)}">{text_at(0, 15, title, "title")}'
-            f'{"".join(parts)}</svg>')
+def drawing(title: str, names: list[str], width: int, height: int, parts: list[str]) -> str:
+    """An SVG: the title, a legend of the names in their colours, and below them the parts, which
+    are `height` high. Its looks are in STYLE."""
+    names = [name if len(name) < 25 else f"{name[:9]}…{name[-14:]}" for name in names]
+    room, legend = 30 + 7 * max(map(len, names)), [text_at(0, 15, title, "title")]
+    for i, name in enumerate(names):
+        y, x = divmod(i, width // room)
+        legend += [f'<circle class="run{i % 8}" cx="{x * room + 5}" cy="{34 + 18 * y}" r="4"/>',
+                   text_at(x * room + 14, 38 + 18 * y, name)]
+    top = 52 + 18 * y
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top + height}" '
+            f'viewBox="0 0 {width} {top + height}">{"".join(legend)}'
+            f'<g transform="translate(0 {top})">{"".join(parts)}</g></svg>')
 
-def line_chart(series: dict[str, list[tuple[float, float]]], title: str, x_label: str, y_label: str,
-               low: float | None = None, high: float | None = None) -> str:
-    """An SVG of curves through points (x, y), named at their ends, in the colours of STYLE; one
-    that has no points takes up a colour, and one curve at least has some. What lies below low or
-    above high is cut off."""
-    xs, ys = zip(*itertools.chain(*series.values()))
-    (x0, x1), (y0, y1) = (min(xs), max(xs)), axis_range(ys, low, high)
-    x1 = x1 if x0 < x1 else axis_range(xs, x0, x1)[1]
-    scale = {y: f"{y:,.10g}" for y in ticks(y0, y1)}
-    left, top, bottom, height, ends = 12 + 7 * max(map(len, scale.values())), 50, 222, 172, {}
-    width = WIDTH - 26 - 7.3 * min(20, max(map(len, series))) - left
-    most = int(width / (12 + 7 * len(f"{x1:,.0f}")))            # so many numbers fit below
+def line_chart(series: dict[str, list[tuple[float, float]]], title: str, x_label: str,
+               width: int = 460) -> str:
+    """An SVG of curves through points (x, y), some of which may have none, but not all."""
+    ranges = []
+    for values in zip(*itertools.chain(*series.values())):
+        low, high = min(values), max(values)
+        flat = high - low <= 1e-9 * max(abs(low), abs(high)) + 1e-30
+        margin = flat * (0.1 * abs(low) + 1e-9)
+        ranges.append((low - margin, high + margin))
+    (x0, x1), (y0, y1) = ranges
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return left + width * (x - x0) / (x1 - x0), bottom - height * (y - y0) / (y1 - y0)
+        return 60 + (width - 80) * (x - x0) / (x1 - x0), 166 - 160 * (y - y0) / (y1 - y0)
 
-    parts = [text_at(0, 36, y_label, "soft"),
-             text_at(left + width, bottom + 36, x_label, "soft end")]
-    parts += [text_at(place(x, y0)[0], bottom + 18, f"{x:,.10g}", "soft middle")
-              for x in ticks(x0, x1, max(4, min(6, most)))]
-    for y, words in scale.items():
-        parts += ['<path class="axis" d="M%.1f,%.1fh%.1f"/>' % (*place(x0, y), width),
-                  text_at(left - 6, place(x0, y)[1] + 4, words, "soft end")]
-    inside = f"{left} {top} {width:.1f} {height}"
-    parts.append('<svg x="%s" y="%s" width="%s" height="%s"' % tuple(inside.split())
-                 + f' viewBox="{inside}">')
+    parts = [f'<path class="axis" d="M60,166h{width - 80}"/>',
+             text_at(width - 20, 202, x_label, "soft end")]
+    parts += [text_at(place(x, y0)[0], 184, f"{x:,.6g}", "soft middle") for x in ticks(x0, x1)]
+    for y in ticks(y0, y1):
+        parts += ['<path class="axis" d="M%.1f,%.1fh%d"/>' % (*place(x0, y), width - 80),
+                  text_at(54, place(x0, y)[1] + 4, f"{y:,.6g}", "soft end")]
     for i, points in enumerate(series.values()):
-        if points:
-            path = " ".join("%.1f,%.1f" % place(*point) for point in points)
-            parts.append(f'<g class="run{i}"><path d="M{path}"/></g>')
-            ends[i] = min(max(place(*points[-1])[1], top), bottom)
-    parts.append("</svg>")
-    for i, y in zip(ends, spread(list(ends.values()), 15, bottom)):
-        parts += [f'<g class="run{i}"><path d="M{left + width + 4:.1f},{ends[i]:.1f}L'
-                  f'{left + width + 18:.1f},{y:.1f}"/></g>',
-                  text_at(left + width + 22, y + 4, list(series)[i], "name", 20)]
-    return drawing(title, 262, parts)
+        path = " ".join("%.1f,%.1f" % place(*point) for point in points)
+        parts += [f'<path class="run{i % 8}" d="M{path}"/>'] * bool(points)
+    return drawing(title, list(series), width, 210, parts)
 
-def dot_chart(rows: dict[str, list[tuple[float, float]]], names: list[str], title: str,
-              x_label: str) -> str:
+def dot_chart(rows: dict[str, list[tuple[float, float]]], names: list[str], title: str) -> str:
     """An SVG of percentages and their standard errors: a row for each label, in it a dot for each
-    name, and a line at the 50 % of chance."""
-    least = min(max(0, value - error) for row in rows.values() for value, error in row)
-    left, low, parts = 12 + 7 * min(26, max(map(len, rows))), min(40, 10 * (least // 10)), []
-    x, top, step = 0.0, 38.0, 12 + 9 * len(names)
-    for i, name in enumerate(names):
-        room = 26 + 7.3 * min(28, len(name))
-        x, top = (x, top) if x + room <= WIDTH else (0.0, top + 18)
-        parts += [f'<circle class="run{i}" cx="{x + 5:.1f}" cy="{top - 4}" r="4"/>',
-                  text_at(x + 14, top, name, "name", 28)]
-        x += room
-    top, bottom = top + 14, top + 14 + step * len(rows)
+    name, and a dashed line at the 50 % of chance."""
+    least = min(value - error for row in rows.values() for value, error in row)
+    low, step, parts = max(0, min(40, 10 * int(least / 10))), 12 + 9 * len(names), []
+    bottom = step * len(rows)
 
     def across(percent: float) -> float:
-        return left + (WIDTH - 12 - left) * (percent - low) / (100 - low)
+        return 180 + 260 * (percent - low) / (100 - low)
 
-    for k, words in enumerate(rows):
-        band = f'<path class="band" d="M0,{top + step * k}h{WIDTH}v{step}h-{WIDTH}"/>'
-        parts += [band * (k % 2 == 0),
-                  text_at(left - 10, top + step * (k + 0.5) + 4, words, "end", 26)]
-    for tick, kind in [*((tick, "axis") for tick in ticks(low, 100)), (50, "chance")]:
-        parts.append(f'<path class="{kind}" d="M{across(tick):.1f},{top}V{bottom}"/>')
-        parts += [text_at(across(tick), bottom + 18, f"{tick:g}", "soft middle")] * (kind == "axis")
-    for k, row in enumerate(rows.values()):
+    for percent in range(low, 101, 10):
+        kind = "chance" if percent == 50 else "axis"
+        parts += [f'<path class="{kind}" d="M{across(percent):.1f},0V{bottom}"/>',
+                  text_at(across(percent), bottom + 18, str(percent), "soft middle")]
+    for k, (words, row) in enumerate(rows.items()):
+        parts.append(text_at(170, step * (k + 0.5) + 4, words[:26], "end"))
         for i, (value, error) in enumerate(row):
-            y, begin = top + step * k + 10.5 + 9 * i, across(max(0, value - error))
-            end = across(min(100, value + error))
+            y, begin, end = step * k + 10.5 + 9 * i, across(value - error), across(value + error)
             parts.append(f'<g class="run{i}"><path d="M{begin:.1f},{y}H{end:.1f}"/>'
                          f'<circle cx="{across(value):.1f}" cy="{y}" r="3.2"/></g>')
-    parts.append(text_at(WIDTH - 12, bottom + 36, x_label, "soft end"))
-    return drawing(title, bottom + 42, parts)
+    return drawing(title, names, 460, bottom + 26, parts)
 
-def read_log(path: Path) -> list[dict]:
-    """The lines of a log.jsonl. A killed run's last line may be cut: what is not JSON at the very
-    end is passed over. Error: what is not JSON elsewhere, a line of another kind, no line."""
-    rows, cut, numbers = [], 0, ("loss", "ce", "kl", "dev_loss", "beta", "lr", "tokens_per_second")
-    wanted = "expected a JSON object a line, with a step and its numbers. Leave the run out."
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The lines of a log.jsonl. A killed run's last line may be cut: it is passed over. Error:
+    another line is no object of numbers with a step, or none is there."""
+    rows, lines = [], path.read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            cut = cut or number
-            continue
-        need(not cut, f"{path}, line {cut} is damaged: {wanted}")
-        need(isinstance(row, dict) and type(row.get("step")) is int and 0 < row["step"] < 2**53
-             and all(type(row.get(key)) in (int, float, type(None)) for key in numbers),
-             f"{path}, line {number} is damaged: {wanted}")
-        rows.append(row)
-    need(rows, f"{path} holds no step: {wanted}")
+            row = json.loads(line, parse_int=float).items()
+            row = {key: float(value) for key, value in row if value is not None}
+            sound = 0 < row["step"] < 2**53
+        except (ValueError, TypeError, AttributeError, KeyError, RecursionError):
+            sound = False
+        need(sound or 1 < number == len(lines), f"{path}, line {number} is damaged: expected a "
+             "JSON object of numbers, with a step. Leave the run out.")
+        rows += [row] * sound
+    need(rows, f"{path} is empty: expected a line for each step. Leave the run out.")
     return rows
 
 def curve(log: list[dict], key: str) -> list[tuple[float, float]]:
     """What a log says under a key: (step, value) of each line that has a finite number there."""
-    return [(float(row["step"]), float(row[key])) for row in log
-            if row.get(key) is not None and abs(row[key]) < 1e30]
+    return [(row["step"], row[key]) for row in log if abs(row.get(key, math.inf)) < 1e30]
 
 def read_run(folder: Path) -> tuple[dict[str, str], list[dict]]:
     """A run's cells in the report's table, by heading, and its log; of any other model's folder the
     parameters alone, and no log. Error: a file that is missing or damaged."""
-    need(folder.is_dir(), f"{folder} is not a folder: expected one of a run.")
-    config, log, path = (folder / name for name in ("config.json", "log.jsonl", "run.json"))
-    cells = dict.fromkeys(("parameters", "objective", "teachers", "steps", "loss", "ce", "kl",
-                           "held-out loss", "tokens/s"), "")
-    if config.exists():
-        cells["parameters"] = f"{count_parameters(empty_model(*from_hf_config(config))):,}"
+    log, path, cells = folder / "log.jsonl", folder / "run.json", {}
+    if not path.exists() or (folder / "config.json").exists():
+        model = empty_model(*from_hf_config(folder / "config.json"))
+        cells["parameters"] = f"{count_parameters(model):,}"
     if not log.exists() and not path.exists():
-        need(config.exists(), f"{folder} holds no run and no model: expected run.json, log.jsonl.")
         return cells, []
     log, facts = read_log(log), read_json(path)
     raw, teachers = facts.get("settings"), facts.get("teachers")
-    need(isinstance(raw, dict) and "objective" in raw and isinstance(teachers, list),
-         f"{path} is damaged: expected settings with an objective, and a list of teachers. "
-         "Leave the run out.")
+    need(isinstance(raw, dict) and isinstance(teachers, list),
+         f"{path} is damaged: expected settings and a list of teachers. Leave the run out.")
     settings = SimpleNamespace(**{name: checked(field, raw.get(name, field.default), f"{path}: "
                                                 f"{name}") for name, field in KNOWN.items()})
     constant = DIVERGENCES.get(settings.objective, (None, None))[1]
     cells["objective"] = describe_loss(settings).removeprefix("loss ") + (
         f", {constant} {getattr(settings, constant):g}" if constant else "")
     cells["teachers"] = ", ".join(Path(str(teacher)).name for teacher in teachers) or "none"
-    cells["steps"] = f"{log[-1]['step']:,}" + ", unfinished" * (
+    cells["steps"] = f"{log[-1]['step']:,.0f}" + ", unfinished" * (
         not (folder / "model.safetensors").exists())
-    for key, last, form in (("loss", 20, ".3f"), ("ce", 20, ".3f"), ("kl", 20, ".3f"),
-                            ("dev_loss", 1, ".4f"), ("tokens_per_second", 1, ",.0f")):
-        values = [value for _, value in curve(log, key)[-last:]]
-        head = {"dev_loss": "held-out loss", "tokens_per_second": "tokens/s"}.get(key, key)
-        cells[head] = format(np.mean(values), form) if values else ""
+    for key in ("loss", "ce", "kl", "dev_loss", "tokens_per_second"):
+        values = [value for _, value in curve(log, key)[-1 if key == "dev_loss" else -20:]]
+        if values:
+            cells[key] = f"{np.mean(values):,.{0 if key == 'tokens_per_second' else 3}f}"
     return cells, log
 
 def curves(logs: list[list[dict]], names: list[str]) -> list[str]:
-    """A chart of each quantity that a log has twice or more; of no loss that is but cross-entropy.
+    """A chart of each quantity that a log has twice or more.
 
-    A curve has up to 100 points, the means of stretches of it: that keeps the page small and
-    smooths lightly. A loss is shown up to what it is after the first eighth, for it begins so high
-    that nothing else could be told apart."""
+    A curve has up to 100 points, the means of stretches of it, which smooths lightly. Of a loss the
+    first eighth is left out: it begins so high that nothing else could be told apart."""
     charts = []
-    for key, title, unit in (
-            ("ce", "Cross-entropy", "nats a token, training text"),
-            ("dev_loss", "Held-out loss", "cross-entropy, nats a token"),
-            ("kl", "Divergence from the teachers", "τ² × divergence, nats a token"),
-            ("loss", "Loss, by each run's own objective", "nats a token"),
-            ("lr", "Learning rate", "AdamW's step size"),
-            ("beta", "Beta, the teachers' share of the mixed logits", "share; 1: no mixing")):
+    for key, title in CURVES.items():
         series = {}
         for name, points in zip(names, (curve(log, key) for log in logs)):
+            points = points if key in ("lr", "beta") else points[len(points) // 8:]
             parts = np.array_split(np.array(points), min(100, len(points))) if points else []
             series[name] = [tuple(part.mean(0)) for part in parts]
-        told = key != "loss" or any(curve(log, "kl") for log in logs)
-        if told and max(map(len, series.values())) > 1:
-            late = max(y for points in series.values() for _, y in points[len(points) // 8:])
-            charts.append(line_chart(series, title, "steps", unit, *(
-                (0, None) if key == "lr" else (0, 1) if key == "beta" else (None, late))))
+        if max(map(len, series.values())) > 1:
+            charts.append(line_chart(series, title, "steps"))
     return charts
 
 def accuracies(paths: list[Path]) -> dict[str, list[tuple[float, float]]]:
     """From models' scores of the same pairs, in percent: for the mean and for each phenomenon, each
     model's accuracy and its standard error. Error: they are not of the same pairs."""
     judged = [read_scores(path) for path in paths]
-    for path, each in zip(paths, judged):
-        need(each.names == judged[0].names, f"{path} and {paths[0]} name other pairs: one of them "
-             "is damaged: score the models again with eval-blimp.")
+    need(all(each.names == judged[0].names for each in judged), f"{', '.join(map(str, paths))} "
+         "name other pairs: one of them is damaged: score the models again with eval-blimp.")
     pairs = [Pair(("", ""), ("", ""), paradigm, term, "") for term, paradigm, _ in judged[0].names]
     results = [summarise(pairs, np.stack([each.right, 1 - each.right], 1), 0.5) for each in judged]
     rows = {f"mean of {len(results[0]['paradigms'])} paradigms": results} | {
@@ -2921,23 +2829,20 @@ def accuracies(paths: list[Path]) -> dict[str, list[tuple[float, float]]]:
 
 def report_page(names: list[str], table: list[dict[str, str]], figures: list[str]) -> str:
     """The report, whole: HTML that needs no other file."""
-    kinds = {head: "" if head in ("objective", "teachers") else "number" for head in table[0]
-             if head != "run" and any(row[head] for row in table)}
-    rows = ["<th>run" + "".join(f'<th class="{kind}">{head}' for head, kind in kinds.items())]
+    heads = list(dict.fromkeys(itertools.chain(*sorted(table, key=len, reverse=True))))
+    rows = ["<th>".join(["", *heads]).replace("_", " ")]
     for i, (name, row) in enumerate(zip(names, table)):
-        cells = "".join(f'<td class="{kind}">{html.escape(row[head])}'
-                        for head, kind in kinds.items())
-        rows.append(f'<td><span class="run{i}">●</span> <b>{html.escape(name)}</b><br><small>'
-                    f"{html.escape(row['run'])}</small>{cells}")
-    title = html.escape(names[0] if len(names) == 1 else f"{len(names)} runs side by side")
+        cells = [html.escape(row.get(head, "")) for head in heads[1:]]
+        rows.append("<td>".join(["", f'<span class="run{i}">●</span> <b>{html.escape(name)}</b>'
+                                 f"<br><small>{html.escape(row['run'])}</small>", *cells]))
     policy = "default-src 'none'; style-src 'unsafe-inline'"
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>ChooBaCa</title>
 <meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="{policy}"><style>{STYLE}</style>
-<h1>{title}</h1><div class="wide"><table><tr>{"<tr>".join(rows)}</table></div>
+<h1>{html.escape(", ".join(names))}</h1><table><tr>{"<tr>".join(rows)}</table>
 <p>Losses are in nats a token; loss, ce (cross-entropy) and kl (τ² × divergence) are means of the
-last 20 steps. Each objective has a loss of its own: compare ce, or the held-out loss. Curves of
-losses are cut off above what they are after an eighth of the steps. ± is one standard error;
+last 20 steps. Each objective has a loss of its own: compare ce, or dev loss, which is held out.
+Curves of losses begin after an eighth of the steps. ± is one standard error, dashed is chance;
 whether a difference is more than luck, choobaca.py compare says.</p>
 <main><figure>{"</figure><figure>".join(figures)}</figure></main></html>
 """
@@ -2955,15 +2860,13 @@ def report_command(folders: tuple[Path, ...], out: Path | None) -> None:
 
     \b
     Example: python choobaca.py report runs/tiny-ce-0-seed0 runs/tiny-rkl-1-seed0"""
-    most, out = len(COLOURS[0]), out or folders[0] / "report.html"
-    need(len({folder.resolve() for folder in folders}) == len(folders) <= most,
-         f"{len(folders)} runs are named: expected 1 to {most} different ones.")
-    need(out.suffix == ".html", f"--out {out}: expected a name that ends in .html.")
-    found, names, figures = [read_run(folder) for folder in folders], [*map(str, folders)], []
-    table = [{"run": name, **cells} for name, (cells, _) in zip(names, found)]
-    shared = os.path.commonprefix(names)        # is left out, up to a / or, of several, a -
-    cut = 1 + max(map(shared.rfind, "/-" if len(names) > 1 else "/"))
-    names = [name[cut:] or name for name in names]
+    out, places = out or folders[0] / "report.html", {folder.resolve() for folder in folders}
+    need(len(places) == len(folders) <= 8 and out.suffix == ".html",
+         f"{len(folders)} runs, --out {out}: expected 1 to 8 different ones, and a name in .html.")
+    found, figures = [read_run(folder) for folder in folders], []
+    table = [{"run": str(folder), **cells} for folder, (cells, _) in zip(folders, found)]
+    names = [folder.resolve().name for folder in folders]
+    names = names if len(set(names)) == len(names) else [*map(str, folders)]
     for suite in SUITES:
         try:
             scores = common_scores(list(folders), suite)
@@ -2971,8 +2874,7 @@ def report_command(folders: tuple[Path, ...], out: Path | None) -> None:
             figures += [f"<p>{html.escape(error.message)}</p>"] * (suite == "blimp")
             continue
         rows = accuracies([folder / scores for folder in folders])
-        figures.append(dot_chart(rows, names, f"Accuracy on {suite}",
-                                 "accuracy, %, ± standard error; dashed: chance"))
+        figures.append(dot_chart(rows, names, f"Accuracy on {suite}, %"))
         for row, (accuracy, error) in zip(table, next(iter(rows.values()))):
             row[f"{suite}, %"] = f"{accuracy:.1f} ± {error:.1f}"
     figures += curves([log for _, log in found], names)
@@ -3098,38 +3000,6 @@ def bench_command(repeats: int, plain: bool, as_json: bool, weigh: str | None, *
         f"{(row['peak_bytes'] or 0) / 1e6:9,.0f}" for row in rows]
     click.echo(json.dumps(rows, indent=2) if as_json else "\n".join(lines))
 
-def svg_text(x: float, y: float, text: str, color: str = "#333", anchor: str = "start") -> str:
-    text = text.replace("&", "&amp;").replace("<", "&lt;")
-    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{color}" text-anchor="{anchor}">{text}</text>'
-
-def svg_path(points: list[tuple[float, float]], color: str, width: float = 1.5) -> str:
-    line = "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    return f'<path d="M{line}" fill="none" stroke="{color}" stroke-width="{width}"/>'
-
-def toy_chart(series: dict[str, list[float]], title: str, x: float, y: float, width: float,
-               height: float, colors: dict[str, str], log: bool = False) -> str:
-    """Series of at least two numbers from 0 up, as lines in a box whose top left is (x, y): SVG.
-
-    With `log` the number at i stands at log(i + 1) from the left, and heights span four powers of
-    ten: what is less lies on the ground."""
-    n, top = max(map(len, series.values())), max(map(max, series.values())) or 1.0
-
-    def place(i: int, value: float) -> tuple[float, float]:
-        right = math.log(i + 1) / math.log(n) if log else i / (n - 1)
-        up = 1 + math.log10(max(value / top, 1e-4)) / 4 if log else value / top
-        return x + width * right, y + height * (1 - up)
-
-    marks = [10.0**k for k in range(math.floor(math.log10(top)), -300, -1)][:4] if log else [0, top]
-    steps = [i for i in (0, 1, 10, 100, 1000) if i < n] if log else [0, n - 1]
-    parts = [svg_text(x, y - 8, title)]
-    for value in marks:
-        left, at = place(0, value)
-        parts += [svg_path([(left, at), (x + width, at)], "#ddd", 1),
-                  svg_text(left - 5, at + 4, f"{value:.2g}", anchor="end")]
-    parts += [svg_text(place(i, 0)[0], y + height + 15, str(i), anchor="middle") for i in steps]
-    return "\n".join(parts + [svg_path([place(*point) for point in enumerate(line)], colors[name])
-                              for name, line in series.items()])
-
 def toy_teachers(x: Tensor) -> dict[str, Tensor]:
     """What `toy` fits: by name, a distribution over the points x, which go from 0 to 10: (V,) each.
 
@@ -3141,10 +3011,10 @@ def toy_teachers(x: Tensor) -> dict[str, Tensor]:
     return {name: sum(weight * (-((x - mean) / width)**2 / 2).exp() for weight, mean, width in some)
             .log().softmax(-1) for name, some in peaks.items()}
 
-def fit_distribution(p: Tensor, objective: str, start: Tensor, to_logits, epochs: int, lr: float,
-                     optimizer: str) -> tuple[Tensor, Tensor, Tensor]:
+def fit_distribution(p: Tensor, objective: str, start: Tensor, to_logits, epochs: int,
+                     optimizer: str) -> tuple[Tensor, Tensor]:
     """n students on their way to p (V,): their q before each of the epochs and at the end,
-    (epochs + 1, n, V), the first gradient by their logits (n, V), the last divergences (n, 1).
+    (epochs + 1, n, V), and their last divergences (n, 1).
 
     A row of `start` has a student's parameters; to_logits makes logits of them, (n, V). Divergence
     and gradient are those of training, constants at their defaults, and drkl's observed token is
@@ -3152,30 +3022,28 @@ def fit_distribution(p: Tensor, objective: str, start: Tensor, to_logits, epochs
     function, name = DIVERGENCES[objective]
     constant, target = name and getattr(LossSettings(), name), p.argmax().expand(len(start), 1)
     theta, path = start.clone().requires_grad_(), []
-    stepper = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}[optimizer]([theta], lr=lr)
-    for epoch in range(epochs + 1):
+    kind, lr = {"adam": (torch.optim.Adam, 0.1), "sgd": (torch.optim.SGD, 1.0)}[optimizer]
+    stepper = kind([theta], lr=lr)
+    for _ in range(epochs + 1):
         z = to_logits(theta)
         q, w, r, *_ = to_probabilities(z.detach().clone(), p.log().repeat(len(z), 1),
                                        torch.empty_like(z))
         path.append(q)
         value, gradient = function(q, w, r, target, constant)
-        first = first if epoch else gradient
         stepper.zero_grad()
         z.backward(gradient)
         stepper.step()
-    return torch.stack(path), first, value
+    return torch.stack(path), value
 
-def toy_results(objectives: tuple[str, ...], size: int, seed: int, **how) -> dict[str, dict]:
+def toy_results(objectives: tuple[str, ...], **how) -> dict[str, dict]:
     """What `toy --json` prints, by teacher: p and, by objective, what became of two students.
 
     A student with a logit for each point: the sum of |p - q| in the head and in the tail (AKL
-    paper, Eqs. 12 to 14) by epoch, the tail's share of the first gradient, the largest |p - q| and
-    q at the end. One that is a Gaussian, of a mean and a width (held in 0.05 to 8,000): the best
-    of ten, which start at means from 0.5 to 9.5 with a width of 1, for the objective has several
-    minima."""
-    x, results, mu = torch.arange(size, dtype=torch.float64) * 10 / size, {}, LossSettings().mu
-    draw = torch.Generator().manual_seed(seed)
-    start = torch.rand(1, size, generator=draw, dtype=torch.float64)
+    paper, Eqs. 12 to 14) by epoch, the largest |p - q| and q at the end. One that is a Gaussian, of
+    a mean and a width (held in 0.05 to 8,000): the best of ten, which start at means from 0.5 to
+    9.5 with a width of 1, for the objective has several minima."""
+    x, results, mu = torch.arange(50, dtype=torch.float64) / 5, {}, LossSettings().mu
+    start = torch.rand(1, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     bells = torch.stack([torch.arange(0.5, 10, dtype=torch.float64), torch.zeros(10).double()], 1)
 
     def bell(theta: Tensor) -> Tensor:
@@ -3185,62 +3053,54 @@ def toy_results(objectives: tuple[str, ...], size: int, seed: int, **how) -> dic
     for teacher, p in tqdm(toy_teachers(x).items(), "toy", leave=False):
         results[teacher] = {"p": p.tolist(), "objectives": {}}
         for objective in objectives:
-            path, gradient, _ = fit_distribution(p, objective, start, lambda z: z, **how)
+            path, _ = fit_distribution(p, objective, start, lambda z: z, **how)
             q, gap = path[:, 0], (path[:, 0] - p).abs()
             head, both = head_share(q, p.expand_as(q), mu)[:, 0], gap.sum(-1)
-            bent, _, value = fit_distribution(p, objective, bells, bell, **how)
-            best = bent[-1, value.argmin()]
+            bent, value = fit_distribution(p, objective, bells, bell, **how)
             results[teacher]["objectives"][objective] = {
                 "head": (head * both).tolist(), "tail": ((1 - head) * both).tolist(),
-                "first_gradient_in_tail": 1 - head_share(p + gradient, p[None], mu).item(),
                 "largest": gap[-1].max().item(), "q": q[-1].tolist(),
-                "gaussian_largest": (best - p).abs().max().item(), "gaussian_q": best.tolist()}
+                "gaussian_q": bent[-1, value.argmin()].tolist()}
     return results
 
 def toy_figure(results: dict[str, dict]) -> str:
-    """An SVG 1,000 pixels wide: for each teacher the error in head and tail by epoch, both axes
-    logarithmic, and the distributions of the Gaussian students."""
-    palette = ("#999999", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9",
-               "#6a3d9a", "#8c510a", "#000000")
-    colors = dict(zip(("teacher", *DIVERGENCES), itertools.cycle(palette)))
-    shown = ["teacher", *next(iter(results.values()))["objectives"]]
-    parts = [svg_text(60 + 90 * i, 24, name, colors[name]) for i, name in enumerate(shown)]
-    for i, (teacher, result) in enumerate(results.items()):
-        rows, y = result["objectives"], 70 + 190 * i
-        for j, part in enumerate(("head", "tail")):
-            parts.append(toy_chart({name: row[part] for name, row in rows.items()}, f"{teacher}: "
-                                    f"{part}'s error by epoch", 60 + 320 * j, y, 250, 130, colors,
-                                    log=True))
-        bells = {"teacher": result["p"]} | {name: row["gaussian_q"] for name, row in rows.items()}
-        parts.append(toy_chart(bells, f"{teacher}: Gaussian students", 700, y, 250, 130, colors))
-    return ('<svg xmlns="http://www.w3.org/2000/svg" width="1000" height="{0}" viewBox="0 0 1000 '
-            '{0}" style="font:13px sans-serif">\n<rect width="100%" height="100%" fill="#fff"/>\n'
-            "{1}\n</svg>\n").format(60 + 190 * len(results), "\n".join(parts))
+    """An SVG 1,000 pixels wide, a row for each teacher: the error in head and tail in the first 50
+    epochs, and the distributions of the Gaussian students."""
+    charts = []
+    for teacher, result in results.items():
+        for key, title, x_label, x in (("head", "head's error", "epochs", range(51)),
+                                       ("tail", "tail's error", "epochs", range(51)),
+                                       ("gaussian_q", "one Gaussian", "x", np.arange(50) / 5)):
+            series = {name: [*zip(x, row[key])] for name, row in result["objectives"].items()}
+            teachers = {"teacher": [*zip(x, result["p"])] if key == "gaussian_q" else []}
+            charts.append(line_chart(teachers | series, f"{teacher}: {title}", x_label, 320))
+    step = 290 if len(series) < 4 else 330
+    placed = [f'<g transform="translate({10 + 330 * (i % 3)} {10 + step * (i // 3)})">{chart}</g>'
+              for i, chart in enumerate(charts)]
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="1000" height="{step * len(results)}">'
+            f'<style>{STYLE}</style>{"".join(placed)}</svg>\n')
 
 def toy_table(results: dict[str, dict], epochs: int) -> str:
-    """Both kinds of students, a line each; distributions as blocks, every k-th of many points."""
-    shown = [epoch for epoch in (1, 5, 20, 50) if epoch <= epochs]
-    after, gap = "".join(f"{epoch:>6}" for epoch in shown), " " * 6 * len(shown)
-    lines = [f"{'free logits: sum of |p - q| by epoch':<39}  head{gap[3:]}tail{gap[4:]}largest",
-             f"{'teacher':<17}objective  gradient  {after}  {after}  at the end"]
-    bells = ["", "one Gaussian, the best of ten      largest"]
+    """A line for each student and its teacher; distributions as blocks, every other point."""
+    shown = [epoch for epoch in (1, 5, 20) if epoch <= epochs]
+    after, gap = "".join(f"{epoch:>6}" for epoch in shown), " " * (6 * len(shown) - 4)
+    lines = [f"{'sum of |p - q| by epoch':<26}{gap}head  {gap}tail  largest at  one Gaussian,",
+             f"{'teacher':<17}{'objective':<9}{after}  {after}    the end  the best of ten"]
     for teacher, result in results.items():
         rows = result["objectives"]
         top = max(map(max, [result["p"], *(row["gaussian_q"] for row in rows.values())]))
 
         def blocks(p: list[float], top: float = top) -> str:
-            return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * x / top))] for x in p[::-(-len(p) // 50)])
+            return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * x / top))] for x in p[::2])
 
-        bells.append(f"{teacher:<17}the teacher        {blocks(result['p'])}")
+        lines.append(f"{teacher:<26}{' ' * (2 * len(after) + 2)}  the teacher  "
+                     f"{blocks(result['p'])}")
         for name, row in rows.items():
             head, tail = ("".join(f"{row[part][epoch]:6.3f}" for epoch in shown)
                           for part in ("head", "tail"))
-            lines.append(f"{teacher:<17}{name:<9} {100 * row['first_gradient_in_tail']:5.0f} %   "
-                         f"{head}  {tail}  {row['largest']:.1e}")
-            bells.append(f"{teacher:<17}{name:<9} {row['gaussian_largest']:7.4f}  "
+            lines.append(f"{'':<17}{name:<9}{head}  {tail} {row['largest']:10.1e}  "
                          f"{blocks(row['gaussian_q'])}")
-    return "\n".join([*lines, *bells, "", "head: the fewest tokens with half of the mass; "
-                      "gradient: the tail's share of the first one."])
+    return "\n".join([*lines, "", "head: the fewest tokens with half of the mass."])
 
 @cli.command("toy")
 @click.option("--objective", "objectives", multiple=True, default=["fkl", "rkl", "akl"],
@@ -3248,13 +3108,8 @@ def toy_table(results: dict[str, dict], epochs: int) -> str:
               help="What to compare; may be repeated.")
 @click.option("--epochs", default=250, show_default=True, type=click.IntRange(1, 2000),
               help="Steps of the optimizer.")
-@click.option("--lr", default=0.1, show_default=True, help="Learning rate.",
-              type=click.FloatRange(0, 1, min_open=True))
 @click.option("--optimizer", type=click.Choice(("adam", "sgd")), default="adam", show_default=True,
               help="Adam, as in the paper, or plain gradient descent.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True,
-              help="Of the logits at the start.")
-@click.option("--size", default=50, show_default=True, type=click.IntRange(10, 1000), help="V.")
 @click.option("--svg", type=click.Path(dir_okay=False, path_type=Path),
               help="Also draw all this into a file.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object in place of the table.")
@@ -3266,35 +3121,21 @@ def toy_command(objectives: tuple[str, ...], svg: Path | None, as_json: bool, **
 
     Forward KL's error in the head falls first, as the paper says. Reverse KL's in the tail does
     not: its gradient lies in the tail more, but Adam divides each token's by its own size, and
-    forward KL leads in both. Without Adam (--optimizer sgd --lr 1) reverse KL leads in the tail.
+    forward KL leads in both. Without Adam (--optimizer sgd) reverse KL leads in the tail.
 
     \b
     Example: python choobaca.py toy --svg toy.svg"""
-    need(how["lr"] > 0, f"--lr is {how['lr']}: expected more than 0, up to 1.")
     results = toy_results(objectives, **how)
     if svg:
         with written_whole(svg) as file:
             file.write(toy_figure(results).encode())
     click.echo(json.dumps(results, indent=2) if as_json else toy_table(results, how["epochs"]))
 
-def readable(tokenizer: Tokenizer, known: list[int], ids):
-    """The text of ids behind known ones, in pieces, each as soon as it is whole: a token may end
-    within a character, which decodes to U+FFFD until the next tokens complete it."""
-    held = []
-    for i in ids:
-        held.append(i)
-        text = tokenizer.decode(known + held)[len(tokenizer.decode(known)):]
-        if text and not text.endswith("\ufffd"):
-            yield text
-            known, held = held, []
-    yield tokenizer.decode(known + held)[len(tokenizer.decode(known)):]
-
 @cli.command("sample")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--prompt", default="", help="How the text begins.  [default: with nothing]")
-@click.option("--tokens", type=click.IntRange(1),
-              help="How many to add at most.  [default: 100, or all that the model has positions "
-                   "for]")
+@click.option("--tokens", default=100, show_default=True, type=click.IntRange(1),
+              help="How many to add at most; fewer where the model has no more positions.")
 @click.option("--temperature", default=1.0, show_default=True, type=click.FloatRange(0, 100),
               help="By which logits are divided; 0: always the likeliest token.")
 @click.option("--top-p", default=1.0, show_default=True,
@@ -3305,42 +3146,37 @@ def readable(tokenizer: Tokenizer, known: list[int], ids):
               help="Of the draws.")
 @click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto",
               show_default=True, help="Where to compute.")
-def sample_command(run: Path, prompt: str, tokens: int | None, temperature: float, top_p: float,
+def sample_command(run: Path, prompt: str, tokens: int, temperature: float, top_p: float,
                    count: int, seed: int, device: str) -> None:
-    """Let a run, or any Hugging Face LLaMA or GPT-2, write: a line a sample, as it is made.
+    """Let a run, or any Hugging Face LLaMA or GPT-2, write: a line a sample.
 
     A sample ends with the line: at the prefix token, which begins the next, at the model's
     eos_token_id, or at a line break.
 
     \b
     Example: python choobaca.py sample runs/tiny-rkl-1-seed0 --prompt "the dog" --count 5"""
-    need(prompt == prompt.encode(errors="ignore").decode(), "--prompt is not UTF-8: expected text.")
     need(temperature == 0 or temperature >= 1e-3, f"--temperature is {temperature}: expected 0, or "
          "0.001 and more.")
-    need(top_p > 0, f"--top-p is {top_p}: expected more than 0, up to 1.")      # no range stops nan
-    model, vocabulary = load_model(run, choose_device(device))
-    (tokenizer, prefix_id, _), eos = vocabulary, read_json(run / "config.json").get("eos_token_id")
-    known = [prefix_id]
-    if prompt:
-        known += tokenizer.encode(" " + prompt, add_special_tokens=False).ids
-    room = model.config.positions - len(known)
-    tokens = tokens or max(1, min(100, room))
-    need(tokens <= room, f"--prompt has {len(known):,} tokens with the prefix, and {tokens:,} are "
-         f"to follow: expected at most the model's {model.config.positions:,} positions together.")
+    model, (tokenizer, prefix_id, _) = load_model(run, choose_device(device))
+    eos = read_json(run / "config.json").get("eos_token_id")
     ends = [prefix_id, *(i for i in (eos if isinstance(eos, list) else [eos])
                          if i in range(len(model.head)))]
-    ids = torch.tensor([known], device=model.head.device)
+    first = f" {prompt}" if prompt else ""
+    first = [prefix_id, *tokenizer.encode(first, add_special_tokens=False).ids]
+    room = model.config.positions - len(first)
+    need(room > 0, f"--prompt has {len(first):,} tokens with the prefix: expected fewer than the "
+         f"model's {model.config.positions:,} positions.")
     generator = torch.Generator(model.head.device).manual_seed(seed)
     for _ in range(count):
-        drawn = write_on(model, ids, ends, tokens, generator, temperature, top_p)
-        for i, piece in enumerate(readable(tokenizer, known, (new.item() for _, new in drawn))):
-            line, *following = piece.split("\n")
-            if i == 0:
-                line = prompt + line if prompt else line.lstrip()
-            click.echo(line, nl=False)
-            if following:
+        ids, text, known = list(first), "", len(tokenizer.decode(first))
+        for _, new in write_on(model, torch.tensor([first], device=model.head.device), ends,
+                               min(tokens, room), generator, temperature, top_p):
+            ids.append(new.item())
+            text = tokenizer.decode(ids)[known:]
+            if "\n" in text:
                 break
-        click.echo()
+        text = text.split("\n")[0]
+        click.echo(prompt + text if prompt else text.lstrip())
 
 if __name__ == "__main__":
     cli()

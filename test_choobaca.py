@@ -2038,27 +2038,30 @@ def test_a_report_shows_what_the_runs_are(tmp_path, vocabulary):
     first = ["parameters", "objective", "teachers", "steps", "loss", "ce", "kl"]
     objective = "0.5 ce + 2 drkl at temperature 2, gamma 0.5"
     assert table_of(page) == [
-        ["run", *first, "held-out loss", "tokens/s", "blimp, %"],
-        [f"● ce-0{alone}", size, "ce", "none", "40", loss, ce, ""]
-        + ["3.2500", "1,234", "50.0 ± 3.6"],
-        [f"● drkl-1{drkl}", size, objective, "coach", "40", loss, ce, kl]
-        + ["3.2500", "1,234", "80.0 ± 2.9"],
+        ["run", *first, "dev loss", "tokens per second", "blimp, %"],
+        [f"● x-ce-0{alone}", size, "ce", "none", "40", loss, ce, ""]
+        + ["3.250", "1,234", "50.0 ± 3.6"],
+        [f"● x-drkl-1{drkl}", size, objective, "coach", "40", loss, ce, kl]
+        + ["3.250", "1,234", "80.0 ± 2.9"],
     ]
     charts = re.findall("<figure>(<svg.*?)</figure>", page, re.S)
-    drawn = {ElementTree.fromstring(chart).get("aria-label"): chart for chart in charts}
+    drawn = {ElementTree.fromstring(chart)[0].text: chart for chart in charts}
     assert [re.match("[^, ]+", title)[0] for title in drawn] == (
         ["Accuracy", "Cross-entropy", "Held-out", "Divergence", "Loss", "Learning", "Beta"]
     )
     for title, chart in drawn.items():
-        assert ">drkl-1</text>" in chart and 'class="run1"' in chart
+        assert ">x-ce-0</text>" in chart and ">x-drkl-1</text>" in chart
         only_one = title.startswith(("Divergence", "Beta"))  # and the other keeps its colour
-        assert (">ce-0</text>" in chart) == ('class="run0"' in chart) == (not only_one)
-    assert ">1</text>" in drawn["Cross-entropy"] and ">8</text>" not in drawn["Cross-entropy"]
+        if not title.startswith("Accuracy"):
+            assert ('<path class="run0"' in chart) == (not only_one)
+            assert '<path class="run1"' in chart
+    assert ">1</text>" in drawn["Cross-entropy on training text"]
+    assert ">8</text>" not in drawn["Cross-entropy on training text"]
     assert not re.search("<script|<link|src=|@import|url\\(", page)
     assert set(re.findall('https?:[^"]*', page)) == {"http://www.w3.org/2000/svg"}
     invoke("report", alone, "-o", tmp_path / "one.html")
     page = (tmp_path / "one.html").read_text()
-    assert "<h1>x-ce-0</h1>" in page and "Loss, by" not in page  # which is its cross-entropy
+    assert "<h1>x-ce-0</h1>" in page
 
 
 def test_a_report_of_a_killed_run_a_plain_model_and_a_long_run(tmp_path, vocabulary):
@@ -2069,7 +2072,7 @@ def test_a_report_of_a_killed_run_a_plain_model_and_a_long_run(tmp_path, vocabul
     c.save_model(plain, model(V=vocabulary.size, seed=1), vocabulary)
     assert invoke("report", plain, long, "-o", out).stdout == f"{out}\n"
     page = out.read_text()
-    assert len(page) < 20_000 and page.count("<svg xmlns") == 2  # cross-entropy, learning rate
+    assert len(page) < 20_000 and page.count("<svg xmlns") == 3  # of ce, loss, lr
     assert "no same pairs of blimp were scored for all: run eval-blimp" in page
     assert table_of(page)[1][2:] == [""] * 5  # objective to ce; no column is all empty
     c.keep_scores(plain, "blimp", sentences("a", "b"), np.array([[-1.0, -2.0]]))
@@ -2097,7 +2100,7 @@ def test_nothing_in_a_run_becomes_html(tmp_path, vocabulary):
     assert "<script" not in page and table_of(page)[1][3].startswith(
         "<script>alert('&\"')<-script>"
     )
-    assert html.escape(bad[:13]) in page.split("<main>")[1]
+    assert html.escape(bad[:13]) in page.split("<main>")[1]  # as a phenomenon
     facts["settings"]["objective"] = bad
     c.write_json(run / "run.json", facts)
     assert "run.json: objective is" in invoke("report", run, code=1).stderr
@@ -2126,51 +2129,46 @@ def test_a_report_of_what_is_damaged_is_one_sentence(tmp_path, vocabulary):
     fails("run.json is damaged", "run.json", "{}")
     facts["settings"]["lr"] = "x"
     fails("run.json: lr is 'x'", "run.json", json.dumps(facts))
-    fails("log.jsonl holds no step", "log.jsonl", "hello")
+    fails("log.jsonl is empty", "log.jsonl", "")
+    fails("log.jsonl, line 1 is damaged", "log.jsonl", "hello")
     fails("log.jsonl, line 2 is damaged", "log.jsonl", f'{line}\n{{"step": 2, "lo\n{line}\n')
-    for wrong in ("[]", '{"loss": 1}', '{"step": true}', '{"step": 1, "loss": "2"}'):
+    for wrong in ("[]", '{"loss": 1}', '{"step": "a"}', '{"step": 1, "loss": []}'):
         fails("log.jsonl, line 1 is damaged", "log.jsonl", wrong)
     fails("config.json", "config.json", "[]")
-    fails("2 runs are named: expected 1 to 8", runs=(run, run))
-    fails("9 runs are named: expected 1 to 8", runs=[tmp_path / str(i) for i in range(9)])
-    fails("other is not a folder", runs=(other,))
+    fails("expected 1 to 8 different ones", runs=(run, run))
+    fails("expected 1 to 8 different ones", runs=[tmp_path / str(i) for i in range(9)])
     other.mkdir()
-    fails("other holds no run and no model", runs=(run, other))
+    fails("other/config.json: No such file", runs=(run, other))
     (scores,) = run.glob("blimp-*.jsonl")
     fails("is damaged: expected one JSON object a line", scores.name, "{")
-    assert "ends in .html" in invoke("report", run, "-o", run / "log.jsonl", code=1).stderr
+    assert "a name in .html" in invoke("report", run, "-o", run / "log.jsonl", code=1).stderr
     (twin / scores.name).write_text(scores.read_text().replace("term_1", "term_2"))
     fails("name other pairs", runs=(run, twin))
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (-3, 1e-9), (2.28, 2.31), (7, 13_200), (1e20, 3e20)])
 def test_ticks_are_few_and_round(low, high):
-    for most in range(4, 8):
-        found = c.ticks(low, high, most)
-        assert len(found) <= most and low <= min(found) and max(found) <= high * (1 + 1e-12)
-    assert len(c.ticks(low, high)) >= 2
+    found = c.ticks(low, high)
+    assert 2 <= len(found) <= 6 and low <= min(found) and max(found) <= high * (1 + 1e-12)
     gaps = {f"{b - a:.6e}" for a, b in itertools.pairwise(c.ticks(low, high))}
     assert len(gaps) == 1 and re.match("[125]\\.000000e", *gaps)
 
 
 def test_dots_lie_where_their_percentages_are():
-    chart = c.dot_chart({"row": [(50.0, 0.0), (100.0, 5.0)]}, ["a", "b"], "", "")
+    chart = c.dot_chart({"row": [(50.0, 0.0), (100.0, 0.0)]}, ["a", "b"], "")
     chance, ends = re.search(r'"chance" d="M([\d.]+)', chart)[1], re.findall(r"H([\d.]+)", chart)
-    dots = re.findall(r'<circle cx="([\d.]+)"', chart)
-    assert dots == [chance, f"{c.WIDTH - 12:.1f}"] == ends  # no bar ends beyond 100 %
+    assert re.findall(r'<circle cx="([\d.]+)"', chart) == [chance, "440.0"] == ends
 
 
 def test_a_line_chart_takes_any_numbers():
-    """Labels keep apart and in the order of the curves' ends; no range of values is too small."""
-    ends = {f"curve {i}": [(0.0, 1.0), (1.0, 1 + i % 4 / 1000)] for i in range(8)}
-    drawn = ElementTree.fromstring(c.line_chart({**ends, "none": []}, "<T>", "x & y", "y"))
-    texts = [text for text in drawn.iter() if text.get("class") == "name"]
-    places = sorted((float(text.get("y")), text.text) for text in texts)
-    assert len(texts) == 8 and all(b[0] - a[0] >= 14.9 for a, b in itertools.pairwise(places))
-    assert {name for _, name in places[:2]} == {"curve 3", "curve 7"} and places[-1][0] <= 226
+    """The legend stays within the width, long names too; no range of values is too small."""
+    names = {f"{'long-' * 6}{i}": [(0.0, i), (1.0, 1.0)] for i in range(8)}
+    drawn = ElementTree.fromstring(c.line_chart({**names, "none": []}, "<T>", "x & y"))
+    dots = [(float(x.get("cx")), float(x.get("cy"))) for x in drawn.iter() if x.get("cx")]
+    assert len(set(dots)) == 9 and max(x for x, _ in dots) < 300
     for ys in ((0, 0), (0, 5e-324), (2, 2 + 1e-15), (-1e29, 1e29), (1e-300, 0)):
         for x in (1, 2**53 - 1):
-            chart = c.line_chart({"a": [(x, ys[0]), (x, ys[1])]}, "", "", "")
+            chart = c.line_chart({"a": [(x, ys[0]), (x, ys[1])]}, "", "")
             assert "nan" not in chart and "inf" not in chart
 
 
@@ -2230,16 +2228,15 @@ POINTS = torch.arange(50, dtype=torch.float64) / 5
 
 
 def ways(teacher: str, objective: str, starts: int, **how):
-    """Head and tail errors by epoch and start, the tail's share of each first gradient, and the
-    largest error at the end, of students with a logit for each point."""
+    """Head and tail errors by epoch and start, and the largest error at the end, of students with
+    a logit for each point."""
     p, draw = c.toy_teachers(POINTS)[teacher], torch.Generator().manual_seed(0)
     start = torch.rand(starts, 50, generator=draw, dtype=torch.float64)
-    q, gradient, _ = c.fit_distribution(p, objective, start, lambda z: z, **how)
+    q, _ = c.fit_distribution(p, objective, start, lambda z: z, **how)
     falling = p.sort(descending=True)[0]
     head = p >= falling[int((falling.cumsum(0) < 0.5).sum())] * (1 - 1e-9)
     gap = (q - p).abs()
-    share = gradient[:, ~head].abs().sum(-1) / gradient.abs().sum(-1)
-    return gap[..., head].sum(-1), gap[..., ~head].sum(-1), share, gap[-1].max()
+    return gap[..., head].sum(-1), gap[..., ~head].sum(-1), gap[-1].max()
 
 
 TOYS = ("one mode", "two modes", "two narrow modes", "long tail")
@@ -2247,18 +2244,16 @@ TOYS = ("one mode", "two modes", "two narrow modes", "long tail")
 
 @pytest.mark.parametrize("teacher", TOYS)
 def test_in_the_toy_all_find_the_teacher_and_forward_kl_its_head_first(teacher):
-    """AKL paper, Figures 2 and 3, from 20 starts each. What it says of the tail holds for the
-    gradient, and for errors without Adam; with Adam, forward KL is ahead there, too."""
-    adam = dict(epochs=200, lr=0.1, optimizer="adam")
-    (head, tail, share, largest), (r_head, r_tail, r_share, r_largest), (*_, akl) = (
+    """AKL paper, Figures 2 and 3, from 20 starts each. What it says of the tail holds for errors
+    without Adam; with Adam, forward KL is ahead there, too."""
+    adam, sgd = dict(epochs=200, optimizer="adam"), dict(epochs=50, optimizer="sgd")
+    (head, tail, largest), (r_head, r_tail, r_largest), (*_, akl) = (
         ways(teacher, name, 20, **adam) for name in ("fkl", "rkl", "akl")
     )
     assert max(largest, r_largest, akl) < 1e-3
     assert (head[1:8] < r_head[1:8]).all()
-    assert (r_share > share).all()
     assert (tail[1:5] < r_tail[1:5]).double().mean() > 0.95
-    sgd = dict(epochs=50, lr=1.0, optimizer="sgd")
-    (_, tail, *_), (_, r_tail, *_) = (ways(teacher, name, 20, **sgd) for name in ("fkl", "rkl"))
+    (_, tail, _), (_, r_tail, _) = (ways(teacher, name, 20, **sgd) for name in ("fkl", "rkl"))
     assert (r_tail[1:] < tail[1:]).all()
 
 
@@ -2276,14 +2271,14 @@ def test_the_toy_descends_by_the_divergences_gradients(name):
         log_q = to_logits(theta).log_softmax(-1)
         wanted = LITERAL[name](log_q, p.log().expand(3, -1), targets, s)
         (slope,) = torch.autograd.grad(wanted.sum(), theta)
-        path, _, value = c.fit_distribution(p, name, start, to_logits, 1, 0.1, "sgd")
-        after = to_logits(start - 0.1 * slope).log_softmax(-1)
+        path, value = c.fit_distribution(p, name, start, to_logits, 1, "sgd")
+        after = to_logits(start - slope).log_softmax(-1)
         assert torch.allclose(path[0], log_q.exp(), atol=1e-12)
         assert torch.allclose(path[1], after.exp(), atol=1e-10)
         assert torch.allclose(
             value[:, 0], LITERAL[name](after, p.log().expand(3, -1), targets, s), atol=1e-10
         )
-    assert ways("long tail", name, 1, epochs=200, lr=0.1, optimizer="adam")[3] < 1e-3
+    assert ways("long tail", name, 1, epochs=200, optimizer="adam")[2] < 1e-3
 
 
 def test_toy_shows_where_modes_are_sought(tmp_path):
@@ -2302,37 +2297,34 @@ def test_toy_shows_where_modes_are_sought(tmp_path):
     assert abs(mean - 7.5) < 0.01 and abs(spread - 0.5) < 0.01
     assert min(moments("two modes", name)[1] for name in ("fkl", "rkl", "akl")) > 2
     for teacher in ("one mode", "long tail"):
-        rows = results[teacher]["objectives"].values()
-        assert max(row["gaussian_largest"] for row in rows) < 1e-3
+        p = torch.tensor(results[teacher]["p"])
+        for row in results[teacher]["objectives"].values():
+            assert (torch.tensor(row["gaussian_q"]) - p).abs().max() < 1e-3
     p = torch.tensor(results["long tail"]["p"])
     row = results["long tail"]["objectives"]["rkl"]
     gap = (torch.tensor(row["q"]) - p).abs()
     assert math.isclose(row["head"][-1] + row["tail"][-1], gap.sum(), rel_tol=1e-4)
-    _, _, share, _ = ways("long tail", "rkl", 1, epochs=1, lr=0.1, optimizer="adam")
-    assert math.isclose(row["first_gradient_in_tail"], share.item(), rel_tol=1e-9)
     assert len(row["head"]) == 251 and math.isclose(row["largest"], gap.max(), rel_tol=1e-4)
     figure = ElementTree.parse(tmp_path / "toy.svg").getroot()
-    curves = [path for path in figure.iter("{http://www.w3.org/2000/svg}path")]
-    assert figure.get("width") == "1000" and len(curves) == 4 * (2 * (3 + 4) + 4 + 2)
-    for path in curves:
+    curves = [path for path in figure.iter() if (path.get("class") or "").startswith("run")]
+    assert figure.get("width") == "1000" and len(curves) == 4 * (3 * 4 + 3 + 3 + 4)
+    for path in figure.iter("{http://www.w3.org/2000/svg}path"):
         numbers = [float(x) for x in re.findall(r"[\d.]+", path.get("d"))]
-        assert min(numbers) >= 0 and max(numbers[::2]) <= 1000
+        assert min(numbers) >= 0 and max(numbers) <= 320
 
 
 def test_toy_as_a_table():
-    args = ["toy", "--objective", "drkl", "--objective", "fkl", "--epochs", "6", "--size", "120"]
+    args = ["toy", "--objective", "drkl", "--objective", "fkl", "--epochs", "6"]
     first = invoke(*args)
     lines = first.stdout.splitlines()
-    assert len(lines) == 2 + 4 * 2 + 2 + 4 * 3 + 2 and max(map(len, lines)) <= 100
-    assert lines[1].split()[2:] == ["gradient", "1", "5", "1", "5", "at", "the", "end"]
-    drawn = [line.split()[-1] for line in lines[-14:-2]]
-    assert {len(line) for line in drawn} == {40} and set("".join(drawn)) <= set("▁▂▃▄▅▆▇█")
+    assert len(lines) == 2 + 4 * 3 + 2 and max(map(len, lines)) <= 100
+    assert lines[1].split()[:6] == ["teacher", "objective", "1", "5", "1", "5"]
+    drawn = [line.split()[-1] for line in lines[2:-2]]
+    assert {len(line) for line in drawn} == {25} and set("".join(drawn)) <= set("▁▂▃▄▅▆▇█")
     assert all("█" in "".join(drawn[i : i + 3]) for i in range(0, 12, 3))
-    assert invoke(*args).stdout == first.stdout != invoke(*args, "--seed", "1").stdout
-    assert invoke(*args, "--optimizer", "sgd", "--lr", "1").stdout != first.stdout
+    assert invoke(*args).stdout == first.stdout != invoke(*args, "--optimizer", "sgd").stdout
     assert "'ce' is not one of" in invoke("toy", "--objective", "ce", code=2).stderr
     assert "is a directory" in invoke("toy", "--svg", "/", code=2).stderr
-    assert "--lr is nan" in invoke("toy", "--lr", "nan", code=1).stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -2388,24 +2380,6 @@ def test_writing_on_is_greedy_search_and_reads_no_id_twice(kind, monkeypatch):
     assert sum(B for B, _ in seen[1:]) <= sum(map(len, wanted))
 
 
-def test_text_is_shown_when_its_characters_are_whole(vocabulary):
-    """Bytes are tokens of their own here: none of a character's is shown before its last. A space
-    that a decoder takes off the front of what it is given is still there between pieces."""
-    text, tokenizer = " Tom’s naïve 🐈 said: £5!", vocabulary.tokenizer
-    ids = tokenizer.encode(text, add_special_tokens=False).ids
-    pieces = list(c.readable(tokenizer, [1], ids))
-    assert "".join(pieces) == text and "\ufffd" not in text + "".join(pieces)
-    assert 10 < len(pieces) < len(ids) and "🐈" in "".join(pieces).split()
-    assert "".join(c.readable(tokenizer, ids, ids)) == text
-    for seed in range(20):
-        some = np.random.default_rng(seed).integers(0, vocabulary.size, 50).tolist()
-        assert "".join(c.readable(tokenizer, [1], some)) == tokenizer.decode(some)
-    words = {"▁the": 0, "▁dog": 1, "s": 2, "▁ran": 3}
-    other = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="s"))
-    other.decoder = tokenizers.decoders.Metaspace()
-    assert list(c.readable(other, [0], [1, 2, 3])) == [" dog", "s", " ran", ""]
-
-
 def test_sample(saved, vocabulary):
     """Seeded; a line a sample; the prompt first, encoded as scoring encodes it, with a leading
     space even where the tokenizer adds none."""
@@ -2427,12 +2401,8 @@ def test_sample(saved, vocabulary):
     text = vocabulary.tokenizer.decode(ids)
     greedy = invoke(*args, "--temperature", "0", "--count", "2").stdout
     assert greedy == (text[1:].split("\n")[0] + "\n") * 2 and 1 not in ids[1:] and 2 not in ids
-    too_long = invoke(*args[:-1], str(33 - given), code=1)
-    assert f"has {given} tokens with the prefix, and {33 - given} are" in too_long.stderr
-    assert too_long.stdout == "" and len(too_long.stderr.splitlines()) == 1
-    invoke(*args[:-1], str(32 - given))
-    assert "positions together" in invoke("sample", saved, "--prompt", "a " * 40, code=1).stderr
-    assert "--top-p is nan" in invoke(*args, "--top-p", "nan", code=1).stderr
+    assert len(invoke(*args[:-1], "999").stdout) > len(one) and given < 32
+    assert "32 positions" in invoke("sample", saved, "--prompt", "a " * 40, code=1).stderr
     assert "0.001 and more" in invoke(*args, "--temperature", "1e-40", code=1).stderr
     assert "not a folder" in invoke("sample", saved / "none", code=1).stderr
     with torch.no_grad():
@@ -2442,14 +2412,13 @@ def test_sample(saved, vocabulary):
     assert "not finite numbers" in ruined.stderr and ruined.stdout == ""
 
 
-def test_a_sample_ends_with_its_line_and_is_shown_as_it_is_made(saved, vocabulary, monkeypatch):
-    drawn, shown = [], []
+def test_a_sample_ends_with_its_line(saved, vocabulary, monkeypatch):
+    drawn = []
 
     def encode(text):
         return vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
 
     def draw(logits, *_):
-        shown.append(None)
         return torch.tensor([[drawn.pop(0)]])
 
     monkeypatch.setattr(c, "draw_next", draw)
@@ -2468,11 +2437,6 @@ def test_a_sample_ends_with_its_line_and_is_shown_as_it_is_made(saved, vocabular
     (saved / "config.json").write_text(json.dumps(facts | {"eos_token_id": [7, None, "x", 10**9]}))
     drawn = [*encode(" a"), 7]
     assert invoke("sample", saved, "--tokens", "20").stdout == "a\n"
-    drawn = [*encode(" a b c d"), 1]
-    shown.clear()
-    monkeypatch.setattr(c.click, "echo", lambda text="", nl=True, **_: shown.append(text))
-    invoke("sample", saved, "--tokens", "20")
-    assert shown[:2] == [None, "a"] and shown.index(" b") < len(shown) - 3
 
 
 def test_a_run_folder_is_never_overwritten_unasked(tmp_path):
@@ -2850,7 +2814,7 @@ class Site(http.server.BaseHTTPRequestHandler):
         else:
             self.answer(200, body[:half], Content_Length=len(body))
             if way == "interrupted":
-                while self.half.stat().st_size < c.PIECE:
+                while not self.half.exists() or self.half.stat().st_size < c.PIECE:
                     time.sleep(0.01)
                 _thread.interrupt_main()  # as Ctrl-C does
             if way == "stalled":
@@ -2940,14 +2904,12 @@ def test_a_broken_download_goes_on(download, way, digest, monkeypatch):
     if way == "interrupted":
         assert "Aborted!" in message
     else:
-        of = "" if way == "unsized-broken" else f" of {len(GOOD):,}"
-        wanted = rf" broke off after [\d,]+{of} bytes: .*Run this again to go on\.$"
-        assert re.search(wanted, message)
+        assert re.search(r" is not loaded: .*Run this again to go on, or put the file", message)
     got = Site.half.read_bytes()
     assert c.PIECE <= len(got) < len(GOOD) and GOOD.startswith(got)
-    assert way != "broken" or f"after {half:,} of" in message
+    assert way != "broken" or f"after {half:,} of {len(GOOD):,} bytes" in message
     download(way, digest)
-    assert set(Site.asked) == {None, f"bytes={len(got) - 1}-"}
+    assert set(Site.asked) == {None, f"bytes={len(got)}-"}
     assert len(Site.asked) == (4 if way == "moved" else 2)
 
 
@@ -2956,20 +2918,16 @@ def test_what_an_earlier_download_left_is_never_trusted(download):
     for left in (GOOD, GOOD + b"more", b"x" * 1_000, b""):
         Site.half.parent.mkdir()
         Site.half.write_bytes(left)
-        if left == GOOD + b"more":
+        if left.startswith(GOOD):
             assert "HTTP Error 416" in download(code=1)
         if left == b"x" * 1_000:
-            message = download(digest=SHA256, code=1)
-            assert f"expected {SHA256}. What was loaded is removed" in message
+            assert "has another sha256 than expected" in download(digest=SHA256, code=1)
             assert files_in(Site.half.parent) == {}
         download(digest=SHA256)
         shutil.rmtree(Site.half.parent.with_name("pairs"))
     Site.half.parent.mkdir()
-    Site.half.write_bytes(GOOD)
-    assert "is not the range asked for" in download("astray", code=1)
-    assert Site.half.read_bytes() == GOOD
     Site.half.with_name("1.zip").write_bytes(b"not it")
-    assert "has the sha256" in download(digest=SHA256, code=1)
+    assert "has another sha256" in download(digest=SHA256, code=1)
     asked = len(Site.asked)
     Site.half.with_name("1.zip").write_bytes(GOOD)
     download("missing", SHA256)
@@ -2980,7 +2938,7 @@ def test_a_download_that_cannot_be_is_one_sentence(download, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         closed = f"http://127.0.0.1:{free.getsockname()[1]}/x.zip"
-    by_hand = r" cannot be read: .*{}.*put the file there by hand: \S+pairs\.partial/1\.zip\.$"
+    by_hand = r" is not loaded: .*{}.*put the file there by hand: \S+pairs\.partial/1\.zip\.$"
     for way, reason in (
         ("missing", "HTTP Error 404: Not Found"),
         ("loop", "infinite loop"),
@@ -2990,7 +2948,7 @@ def test_a_download_that_cannot_be_is_one_sentence(download, monkeypatch):
         assert re.search(by_hand.format(reason), download(way, code=1)), way
     for digest in ("0" * 32, "0" * 64):
         message = download(digest=digest, code=1)
-        assert f"expected {digest}. What was loaded is removed" in message
+        assert f"expected, {digest}. What was loaded is removed" in message
         assert files_in(Site.half.parent) == {}
     real = urllib.request.urlopen
     monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: real(url, None, 0.2))
@@ -3011,9 +2969,9 @@ def test_a_full_disk_keeps_what_was_loaded(download):
         message = download(code=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "pairs.partial/1.zip.partial: File too large" in message
+    assert "File too large" in message
     download()
-    assert Site.asked == [None, "bytes=99999-"]
+    assert Site.asked == [None, "bytes=100000-"]
 
 
 def hostile_archives():
@@ -3024,15 +2982,12 @@ def hostile_archives():
     yield b"<html>", "not a zip file"
     yield b"", "not a zip file"
     yield GOOD[: len(GOOD) // 2], "not a zip file"
-    yield GOOD[100_000:], "cannot be unpacked"
+    yield plain[9_000:], "cannot be unpacked"
     yield plain.replace(b"text text", b"test text", 1), "Bad CRC-32 for file 'data/a.jsonl'"
     yield plain.replace(b"\x14\0\0\0", b"\x14\0\1\0"), "encrypted"
-    yield zipped(one, zipfile.ZIP_LZMA), "a.jsonl is a link, or there twice, or not deflated"
-    yield zipped([("data/a.jsonl", b"/etc/passwd")], mode=0o120777), "a.jsonl is a link"
-    yield zipped([("x/data/a.jsonl", b"A"), ("y/data/a.jsonl", b"B")]), "there twice"
-    yield zipped([("readme", b""), ("data/", b""), ("data/a.txt", b"A")]), "does not hold all of"
-    yield zeros, "unpacks to more than 30,000 bytes"
-    yield zipped([(f"data/{i}.jsonl", b"\0" * 20_000) for i in (1, 2)]), "unpacks to more than"
+    yield zipped([("readme", b""), ("data/", b""), ("data/a.txt", b"A")]), "expected data/"
+    yield zeros, "of 30,000 bytes at most"
+    yield zipped([(f"data/{i}.jsonl", b"\0" * 20_000) for i in (1, 2)]), "30,000 bytes"
     yield zeros.replace((50_000).to_bytes(4, "little"), b"\x09\0\0\0"), "Bad CRC-32"
 
 
@@ -3041,7 +2996,7 @@ def test_a_hostile_archive_is_one_sentence(download, monkeypatch):
     for content, wanted in hostile_archives():
         Site.body = content
         message = download(code=1)
-        assert wanted in message and message.endswith(" and run this again."), wanted
+        assert wanted in message and re.search("[Dd]elete it,? and run this again.$", message), wanted
         assert files_in(Site.half.parent) == {"1.zip": content}
         Site.half.with_name("1.zip").unlink()
 
@@ -3055,9 +3010,8 @@ def test_no_bit_of_an_archive_can_be_wrong_unseen(tmp_path):
             content[draw.integers(len(content))] ^= 1 << draw.integers(8)
             (tmp_path / "x.zip").write_bytes(content)
             try:
-                pieces = list(c.archive_pieces(tmp_path / "x.zip", {"": r"data/(\w+\.jsonl)"}))
-                assert {name.name for name, _ in pieces} == {"a.jsonl"}
-                assert b"".join(piece for _, piece in pieces) == files[0][1]
+                c.unpack(tmp_path / "x.zip", {"": r"data/(\w+\.jsonl)"}, tmp_path / "out")
+                assert files_in(tmp_path / "out") == {"a.jsonl": files[0][1]}
             except click.ClickException as error:
                 outcomes.append(error.message)
     assert 400 < len(outcomes) < 800
@@ -3137,7 +3091,7 @@ def test_every_source_is_taken_out_of_its_archives(tmp_path, monkeypatch):
 
 def test_an_archive_that_lacks_a_part_is_refused(tmp_path):
     (tmp_path / "x.zip").write_bytes(zipped([("babylm_10M/qed.train", b"text")]))
-    with pytest.raises(click.ClickException, match="does not hold all of .*babylm_dev"):
+    with pytest.raises(click.ClickException, match="expected .*babylm_dev"):
         c.unpack(tmp_path / "x.zip", c.SOURCES["babylm-2023"][0].members, tmp_path / "out")
 
 
@@ -3175,7 +3129,7 @@ def test_every_archive_of_a_source_is_there_before_any_is_unpacked(download, mon
     second, out = c.Source(url + "missing", {"dev": r"(\w+\.dev)"}), tmp_path / "pairs"
     monkeypatch.setitem(c.SOURCES, "blimp", [first, second])
     assert "404" in invoke("download", "blimp", "-o", out, code=1).stderr
-    assert set(files_in(tmp_path)) == {"mine", "pairs.partial/1.zip", "pairs.partial/2.zip.partial"}
+    assert set(files_in(tmp_path)) == {"mine", "pairs.partial/1.zip"}
     Site.half.with_name("2.zip").write_bytes(zipped([("dev/x.dev", b"text")]))
     asked = len(Site.asked)
     invoke("download", "blimp", "-o", out)
