@@ -2259,15 +2259,9 @@ def idle_flags(settings: Settings, flags: dict) -> list[str]:
 def flops_of_a_token(config: ModelSettings, V: int, T: int) -> int:
     """Of a forward pass: 2 for each weight of a product, and 4 C T a layer in attention; backward
     takes twice as many (the convention of PaLM, Chowdhery et al. 2022, appendix B)."""
-    looked_up = V * config.width * (not config.tied)
-    weights = count_parameters(empty_model(config, V)) - looked_up
+    looked_up = V * (not config.tied) + config.positions * (config.model_type == "gpt2")
+    weights = count_parameters(empty_model(config, V)) - looked_up * config.width
     return 2 * weights + 4 * config.layers * config.width * T
-
-def flops_of_a_step(run: Run, V: int) -> int:
-    """Of a model's forward and backward pass and its teachers' forward passes."""
-    settings, T = run.settings, run.settings.context
-    forward = [flops_of_a_token(each.shape, V, T) for each in (run, *run.coaches)]
-    return settings.batch_size * T * (2 * forward[0] + sum(forward))
 
 def memory_of_a_run(run: Run, V: int, device: str) -> int:
     """Bytes, roughly, at the peak of training: 4 for weight, gradient and each of two moments; the
@@ -2280,12 +2274,12 @@ def memory_of_a_run(run: Run, V: int, device: str) -> int:
     weights += sum(size * count_parameters(empty_model(each.shape, V)) + 4 * V * each.shape.width
                    for each in run.coaches)
     chunks = min(settings.chunk, tokens) * V * (4 + 2 * dtype.itemsize)
-    kept = settings.layers * (10 * settings.width + inner) * dtype.itemsize
-    return weights + tokens * kept + chunks + 3 * 10**8                     # and torch itself
+    kept = settings.layers * (13 * settings.width + inner) * dtype.itemsize
+    return int(1.15 * (weights + tokens * kept + chunks + 3 * 10**8))     # with gaps, and torch
 
 def products_speed(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of large products, the best of four."""
-    n, seconds = 8192 if device == "cuda" else 1024, []
+    n, seconds = 8192 if device == "cuda" else 2048, []
     a = torch.ones(n, n, device=device, dtype=dtype)
     for _ in range(4):
         begin = time.perf_counter()
@@ -2293,27 +2287,38 @@ def products_speed(device: str, dtype: torch.dtype) -> float:
         seconds.append(time.perf_counter() - begin)
     return 2 * n**3 / min(seconds)
 
+def cost_of_a_step(run: Run, V: int, device: str) -> tuple[int, float]:
+    """FLOPs of a model's forward and backward pass and of its teachers' forward passes; and the
+    seconds that they take here at least, as large products of their dtypes."""
+    settings, T, dtype = run.settings, run.settings.context, step_dtype(run.settings, device)
+    own, *taught = (settings.batch_size * T * flops_of_a_token(each.shape, V, T)
+                    for each in (run, *run.coaches))
+    seconds = 3 * own / products_speed(device, dtype)
+    if taught:
+        dtype = PRECISIONS.get(settings.teacher_precision, dtype)
+        seconds += sum(taught) / products_speed(device, dtype)
+    return 3 * own + sum(taught), seconds
+
 def describe_plan(run: Run, corpus: Corpus, device: str) -> str:
     """What will be trained: size, loss, steps, tokens, and what that will at least cost here."""
     settings, (steps, per_epoch) = run.settings, count_steps(len(corpus.train), run.settings)
-    V, dtype = corpus.vocabulary.size, step_dtype(settings, device)
-    size = count_parameters(empty_model(settings, V))
-    least = flops_of_a_step(run, V) * steps / products_speed(device, dtype)
+    V = corpus.vocabulary.size
+    size, (_, seconds) = count_parameters(empty_model(settings, V)), cost_of_a_step(run, V, device)
     return (f"{run.name:<9} {run.out}: {settings.model_type}, {size:,} parameters, "
             f"{describe_loss(settings)}, {steps:,} steps of "
             f"{settings.batch_size * settings.context:,} tokens, {steps / per_epoch:.1f} epochs; "
-            f"about {memory_of_a_run(run, V, device) / 1e9:.1f} GB, at least {clock(least)}")
+            f"about {memory_of_a_run(run, V, device) / 1e9:.1f} GB, at least "
+            f"{clock(steps * seconds)}")
 
 def describe_cost(run: Run, V: int, steps: int, seconds: float, device: str) -> str:
     """What training a run has cost: time, speed, and how near that is to bare products here."""
-    settings, dtype = run.settings, step_dtype(run.settings, device)
-    speed = flops_of_a_step(run, V) * steps / seconds
-    share, tokens = speed / products_speed(device, dtype), settings.batch_size * settings.context
+    flops, least = cost_of_a_step(run, V, device)
+    tokens = run.settings.batch_size * run.settings.context
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else resource and 1024 ** (
         sys.platform != "darwin") * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return (f"{run.name}: {steps:,} steps in {clock(seconds)}, "
-            f"{steps * tokens / seconds:,.0f} tokens/s, {speed / 1e12:.2g} TFLOP/s or {share:.0%} "
-            f"of what large products in {str(dtype).removeprefix('torch.')} reach"
+            f"{steps * tokens / seconds:,.0f} tokens/s, {steps * flops / seconds / 1e12:.2g} "
+            f"TFLOP/s or {steps * least / seconds:.0%} of what large products reach"
             + f", {(peak or 0) / 1e9:.2f} GB at the peak" * bool(peak))
 
 def print_results(runs: list[Run], corpus: Corpus, pairs: list[Pair], device: str) -> None:
