@@ -11,13 +11,17 @@ Divergence" (Shi, Matusevych and Nissim, BabyLM 2024), called "the paper" below.
     python choobaca.py eval-blimp                             the newest run's grammar, pair by pair
     python choobaca.py compare RUN RUN                        is the second one better, or lucky?
     python choobaca.py report RUN RUN                         both on a page: curves and grammar
+    python choobaca.py sample RUN --prompt "the dog"          what it writes
+    python choobaca.py toy                                    what each divergence seeks, on a line
     python choobaca.py bench                                  the loss against its matrix products
+    python choobaca.py configs, download NAME                 the paper's models, their text
 
 Read it from the top: the order of the file is the order of the data.
 
-    1. text -> ids on disk          4. the divergences         7. run folders
-    2. ids -> a step's batch        5. the fused loss          8. training
-    3. the models                   6. schedules, optimizer    9. minimal pairs   10. command line
+    1. text -> ids on disk          5. the fused loss           9. minimal pairs
+    2. ids -> a step's batch        6. schedules, optimizer    10. the command line
+    3. the models                   7. run folders             11. commands beside it: download,
+    4. the divergences              8. training                    report, bench, toy, sample
 
 One legend for the axes, used everywhere:
 
@@ -2113,7 +2117,7 @@ def compare_scores(first: Judged, other: Judged, resamples: int, seed: int) -> l
 # -----------------------------------------------------------------------------
 # 10. The command line
 #
-# defaults < the config's TOML < flags  ->  settings  ->  train, eval-blimp, compare, report, bench
+# defaults < the config's TOML < flags  ->  settings  ->  train, eval-blimp, compare, configs
 
 KNOWN = {field.name: field for field in fields(Settings)}
 
@@ -2568,6 +2572,12 @@ def configs_command(as_json: bool) -> None:
              for path in sorted((HOME / "configs").glob("*.toml"))}
     table = "\n".join(f"{name:<26} {words}" for name, words in found.items())
     click.echo(json.dumps(found, indent=2) if as_json else table)
+
+# -----------------------------------------------------------------------------
+# 11. Commands beside it
+#
+# what nothing above needs: an address -> data; runs -> a page; the loss -> seconds and bytes;
+# a divergence -> what it does to a distribution on a line; a run -> text
 
 PIECE, ROOM = 2**16, 4 * 10**9      # bytes: held at once, and unpacked at most from an archive
 
@@ -3124,9 +3134,9 @@ def toy_command(objectives: tuple[str, ...], svg: Path | None, as_json: bool, **
     With a logit for each token every objective finds the teacher: no modes are sought. Only where
     the student cannot be the teacher (one Gaussian, two narrow modes) does it matter what it seeks.
 
-    Forward KL's error in the head falls first, as the paper says. Reverse KL's in the tail does
-    not: its gradient lies in the tail more, but Adam divides each token's by its own size, and
-    forward KL leads in both. Without Adam (--optimizer sgd) reverse KL leads in the tail.
+    Forward KL's error in the head falls first, as the paper says. Reverse KL's in the tail does not
+    under Adam, which takes a step of much the same size for every token: forward KL leads in both.
+    By plain gradient descent (--optimizer sgd) it does.
 
     \b
     Example: python choobaca.py toy --svg toy.svg"""
@@ -3153,7 +3163,7 @@ def toy_command(objectives: tuple[str, ...], svg: Path | None, as_json: bool, **
               show_default=True, help="Where to compute.")
 def sample_command(run: Path, prompt: str, tokens: int, temperature: float, top_p: float,
                    count: int, seed: int, device: str) -> None:
-    """Let a run, or any Hugging Face LLaMA or GPT-2, write: a line a sample.
+    """Let a run, or any Hugging Face LLaMA or GPT-2, write: a line a sample, shown as it comes.
 
     A sample ends with the line: at the prefix token, which begins the next, at the model's
     eos_token_id, or at a line break.
@@ -3173,15 +3183,16 @@ def sample_command(run: Path, prompt: str, tokens: int, temperature: float, top_
          f"model's {model.config.positions:,} positions.")
     generator = torch.Generator(model.head.device).manual_seed(seed)
     for _ in range(count):
-        ids, text, known = list(first), "", len(tokenizer.decode(first))
+        stream, begun = decoders.DecodeStream(first, skip_special_tokens=True), bool(prompt)
+        click.echo(prompt, nl=False)
         for _, new in write_on(model, torch.tensor([first], device=model.head.device), ends,
                                min(tokens, room), generator, temperature, top_p):
-            ids.append(new.item())
-            text = tokenizer.decode(ids)[known:]
-            if "\n" in text:
+            text, *rest = (stream.step(tokenizer, new.item()) or "").split("\n")
+            click.echo(text if begun else text.lstrip(), nl=False)
+            begun = begun or bool(text.strip())
+            if rest:
                 break
-        text = text.split("\n")[0]
-        click.echo(prompt + text if prompt else text.lstrip())
+        click.echo()
 
 if __name__ == "__main__":
     cli()
