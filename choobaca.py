@@ -2764,6 +2764,17 @@ def dot_chart(rows: dict[str, list[tuple[float, float]]], names: list[str], titl
                          f'<circle cx="{across(value):.1f}" cy="{y}" r="3.2"/></g>')
     return drawing(title, names, 460, bottom + 26, parts)
 
+def sheet(charts: list[str], columns: int) -> str:
+    """One SVG, 1,000 pixels wide, of others in rows from left to right."""
+    parts, top = [], 10
+    for i in range(0, len(charts), columns):
+        row = charts[i:i + columns]
+        parts += [f'<g transform="translate({10 + 990 * j // columns} {top})">{chart}</g>'
+                  for j, chart in enumerate(row)]
+        top += 16 + max(int(re.search(r' height="(\d+)"', chart)[1]) for chart in row)
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="1000" height="{top}">'
+            f'<style>{STYLE}</style>{"".join(parts)}</svg>\n')
+
 def read_log(path: Path) -> list[dict[str, float]]:
     """The lines of a log.jsonl. A killed run's last line may be cut: it is passed over. Error:
     another line is no object of numbers with a step, or none is there."""
@@ -2866,7 +2877,8 @@ whether a difference is more than luck, choobaca.py compare says.</p>
 @click.argument("folders", metavar="RUN [RUN ...]", type=click.Path(path_type=Path), nargs=-1,
                 required=True)
 @click.option("-o", "--out", type=click.Path(path_type=Path),
-              help="The page to write, *.html.  [default: report.html in the first run's folder]")
+              help="The page to write, *.html, or *.svg with the figures alone.  [default: "
+                   "report.html in the first run's folder]")
 def report_command(folders: tuple[Path, ...], out: Path | None) -> None:
     """Write a page on up to eight runs: what they are, their curves and their grammar.
 
@@ -2876,8 +2888,9 @@ def report_command(folders: tuple[Path, ...], out: Path | None) -> None:
     \b
     Example: python choobaca.py report runs/tiny-ce-0-seed0 runs/tiny-rkl-1-seed0"""
     out, places = out or folders[0] / "report.html", {folder.resolve() for folder in folders}
-    need(len(places) == len(folders) <= 8 and out.suffix == ".html",
-         f"{len(folders)} runs, --out {out}: expected 1 to 8 different ones, and a name in .html.")
+    need(len(places) == len(folders) <= 8 and out.suffix in (".html", ".svg"),
+         f"{len(folders)} runs, --out {out}: expected 1 to 8 different ones, and a name in .html "
+         "or .svg.")
     found, figures = [read_run(folder) for folder in folders], []
     table = [{"run": str(folder), **cells} for folder, (cells, _) in zip(folders, found)]
     names = [folder.resolve().name for folder in folders]
@@ -2893,8 +2906,10 @@ def report_command(folders: tuple[Path, ...], out: Path | None) -> None:
         for row, (accuracy, error) in zip(table, next(iter(rows.values()))):
             row[f"{suite}, %"] = f"{accuracy:.1f} ± {error:.1f}"
     figures += curves([log for _, log in found], names)
+    page = report_page(names, table, figures) if out.suffix == ".html" else \
+        sheet([figure for figure in figures if figure.startswith("<svg")], 2)
     with written_whole(out) as file:
-        file.write(report_page(names, table, figures).encode(errors="replace"))
+        file.write(page.encode(errors="replace"))
     click.echo(out)
 
 def measure(step, leaves: tuple[Tensor, ...]) -> tuple[float, int | None]:
@@ -3089,11 +3104,7 @@ def toy_figure(results: dict[str, dict]) -> str:
             series = {name: [*zip(x, row[key])] for name, row in result["objectives"].items()}
             teachers = {"teacher": [*zip(x, result["p"])] if key == "gaussian_q" else []}
             charts.append(line_chart(teachers | series, f"{teacher}: {title}", x_label, 320))
-    step = 290 if len(series) < 4 else 330
-    placed = [f'<g transform="translate({10 + 330 * (i % 3)} {10 + step * (i // 3)})">{chart}</g>'
-              for i, chart in enumerate(charts)]
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="1000" height="{step * len(results)}">'
-            f'<style>{STYLE}</style>{"".join(placed)}</svg>\n')
+    return sheet(charts, 3)
 
 def toy_table(results: dict[str, dict], epochs: int) -> str:
     """A line for each student and its teacher; distributions as blocks, every other point."""

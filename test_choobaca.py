@@ -2060,6 +2060,14 @@ def test_a_report_shows_what_the_runs_are(tmp_path, vocabulary):
     assert ">8</text>" not in drawn["Cross-entropy on training text"]
     assert not re.search("<script|<link|src=|@import|url\\(", page)
     assert set(re.findall('https?:[^"]*', page)) == {"http://www.w3.org/2000/svg"}
+    invoke("report", alone, drkl, "-o", tmp_path / "a.svg")
+    figure = ElementTree.parse(tmp_path / "a.svg").getroot()
+    assert [g[0][0].text for g in figure[1:]] == list(drawn) and figure.get("width") == "1000"
+    boxes = [(*map(int, re.findall(r"\d+", g.get("transform"))), *map(int, (g[0].get("width"),
+             g[0].get("height")))) for g in figure[1:]]  # fmt: skip
+    assert all(x + w <= 1000 and y + h <= int(figure.get("height")) for x, y, w, h in boxes)
+    for (x, y, w, h), (x2, y2, *_) in itertools.pairwise(boxes):
+        assert x2 >= x + w or y2 >= y + h
     invoke("report", alone, "-o", tmp_path / "one.html")
     page = (tmp_path / "one.html").read_text()
     assert "<h1>x-ce-0</h1>" in page
