@@ -694,36 +694,38 @@ def new_model(config: ModelSettings, vocab_size: int, seed: int) -> Model:
 # -----------------------------------------------------------------------------
 # 4. Divergences
 #
-# q, p (n, V): softmax(z / tau) of the student's logits z and of the teacher's; r = log q - log p;
-# targets (n, 1): the observed tokens; a constant, where one is named in DIVERGENCES
-#   ->  the divergence of each row (n, 1), and its gradient with respect to z / tau (n, V)
+# q, p (n, V): softmax(u) and softmax(v) of the student's logits / tau and of the teacher's;
+# r = log q - log p; targets (n, 1): the observed tokens; a constant, if DIVERGENCES names one
+#   ->  the divergence of each row (n, 1), and its gradient with respect to u (n, V)
 #
 # To add one: write such a function and name it in DIVERGENCES. It may use up p, and r, where the
 # gradient may lie; q is needed afterwards (that some lift it to 1e-34 where it is less is no harm).
-# q and p sum to 1 only up to rounding. To add sum (q - p) to a KL, or take it off, cancels that.
+# By rounding, q and p do not quite sum to 1: each row of r is off by a constant, and so a KL is,
+# and sum (q - p) is off by as much the other way. Hence that sum, 0 but for this, where one stands.
 
-def to_probabilities(z: Tensor, w: Tensor, r: Tensor) -> tuple[Tensor, ...]:
-    """q, p and r (n, V) in the places of z and w, the logits / tau, and of r; max z and the scale
-    in q = scale exp(z - max z), (n, 1) each.
+def to_probabilities(u: Tensor, v: Tensor, r: Tensor) -> tuple[Tensor, ...]:
+    """q, p and r (n, V) in the places of u, v and r; max u and the scale in
+    q = scale exp(u - max u), (n, 1) each.
 
     Taking each row's top off first leaves r the digits that q and p have, whatever the level of
-    the logits. r is held at 87 (in fp32, where numbers end): a token that the teacher rules out,
-    by -inf, costs reverse KL much, and not infinitely much."""
-    top, most = z.amax(-1, True), -math.log(torch.finfo(z.dtype).tiny)
-    x, y = z.sub_(top), w.sub_(w.amax(-1, True))
-    torch.sub(x, y, out=r).clamp_(max=most)
-    scale, p_scale = (1 / u.exp_().sum(-1, True) for u in (x, y))
+    the logits. u - v is then held at 87 (in fp32, where numbers end): a token that the teacher
+    rules out, by -inf, costs reverse KL much, and not infinitely much."""
+    top, most = u.amax(-1, True), -math.log(torch.finfo(u.dtype).tiny)
+    torch.sub(u.sub_(top), v.sub_(v.amax(-1, True)), out=r).clamp_(max=most)
+    scale, p_scale = (1 / x.exp_().sum(-1, True) for x in (u, v))
     r.add_((scale.double() / p_scale).log_().to(r.dtype))
-    return x.mul_(scale), y.mul_(p_scale), r, top, scale
+    return u.mul_(scale), v.mul_(p_scale), r, top, scale
 
 def dot(x: Tensor, y: Tensor) -> Tensor:
     """sum x y of each row: (n, V), (n, V) -> (n, 1)"""
     return (x * y).sum(-1, True)
 
 def slope(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """sum q k and, in the place of k, q (k - sum q k), the gradient by logits of what has the
-    derivative k by q, where constants in k drop out. It sums to 0 but for rounding, which is most
-    of it where the student is sure: so its sum is taken off."""
+    """sum q k and, in the place of k, q (k - sum q k): with k = df/dq that is df/du, by the
+    derivative of softmax, and a constant added to k changes nothing. (n, 1) and (n, V).
+
+    The gradient sums to 0 but for rounding, which is most of it where the student is sure: so its
+    sum is taken off."""
     gradient = k.mul_(q)
     mean = gradient.sum(-1, True)
     gradient.addcmul_(q, mean, value=-1)
@@ -734,7 +736,8 @@ def forward_kl(q, p, r, targets, _):
 
     Mode-covering: the teacher's probabilities weigh the error, so the student must find likely
     all that the teacher finds likely."""
-    forward, error = -r.mul_(p).sum(-1, True), torch.sub(q, p, out=r)
+    forward = -r.mul_(p).sum(-1, True)
+    error = torch.sub(q, p, out=r)                                              # in r's place
     return forward + error.sum(-1, True), error
 
 def reverse_kl(q, p, r, targets, _):
@@ -742,9 +745,9 @@ def reverse_kl(q, p, r, targets, _):
 
     Mode-seeking: the student's own probabilities weigh the error, so what it finds likely must be
     likely to the teacher, but it may leave out some of what the teacher says. The "single-step
-    decomposition" of MiniLLM, E_q[grad log q (log q - log p)], is this gradient in expectation."""
+    decomposition" of MiniLLM, E_q[r grad log q], is this gradient; it need not be sampled here."""
     value, gradient = slope(q, r)
-    return value + p.sub_(q).sum(-1, True), gradient
+    return value + p.sub_(q).sum(-1, True), gradient                            # p is used up
 
 def forward_and_reverse_kl(q, p, r, targets, weight):
     """weight FKL + (1 - weight) RKL (AKL paper, section 4); weight is a number or (n, 1)."""
@@ -773,7 +776,8 @@ def head_share(q: Tensor, p: Tensor, mu: float) -> Tensor:
     return torch.where(both > 0, head / both, 0.5)
 
 def adaptive_kl(q, p, r, targets, mu):
-    """FKL and RKL weighed by where the models differ, head or tail, held constant (Eq. 15)."""
+    """head_share FKL + (1 - head_share) RKL, the weight held constant (Eq. 15): forward KL where
+    the models differ in the head, reverse KL where they differ in the tail."""
     return forward_and_reverse_kl(q, p, r, targets, head_share(q, p, mu))
 
 def adaptive_kl_reversed(q, p, r, targets, mu):
@@ -782,7 +786,7 @@ def adaptive_kl_reversed(q, p, r, targets, mu):
 
 def skewed_kl(q, p, r, targets, skew):
     """KL(p || m), m = skew p + (1 - skew) q, with gradient q (k - sum q k), k = (skew - 1) p / m
-    (DistiLLM, Ko et al. 2024). By m / p - 1 = (1 - skew) (q - p) / p: no digit goes near p = q."""
+    (DistiLLM, Ko et al. 2024). By m / p - 1 = (1 - skew) (q - p) / p no digits go near p = q."""
     p.clamp_(min=torch.finfo(p.dtype).tiny)
     excess = torch.sub(q, p, out=r).div_(p).mul_(1 - skew)                      # m / p - 1
     forward = -dot(p, excess.log1p())
@@ -792,8 +796,9 @@ def skewed_kl(q, p, r, targets, skew):
 def mixture(q: Tensor, p: Tensor, r: Tensor, share: float) -> tuple[Tensor, Tensor]:
     """m / q = (1 + common) (1 + rest) of m = share p + (1 - share) q: (n, 1) and (n, V).
 
-    1 + common is m / q at the row's mean r: what all tokens share then takes no digits from rest,
-    which is share (p - q ratio) / q / (1 + common). Each q under 1e-34 is lifted to it."""
+    ratio = exp(- sum q r) is a typical p / q of the row, 1 + common the m / q that it makes; rest,
+    share (p - q ratio) / q / (1 + common), is where a token departs from that: small where the
+    models agree, so that its digits are kept. Each q under 1e-34 becomes 1e-34, in its place."""
     ratio = dot(q, r).neg_().exp_()
     common = share * (ratio - 1)
     rest = torch.addcmul(p, q.clamp_(min=1e-34), ratio, value=-1).div_(q)
@@ -801,7 +806,7 @@ def mixture(q: Tensor, p: Tensor, r: Tensor, share: float) -> tuple[Tensor, Tens
 
 def skewed_reverse_kl(q, p, r, targets, skew):
     """KL(q || m), m = (1 - skew) p + skew q, with gradient q (k - sum q k) and
-    k = log(q / m) - skew q / m (DistiLLM)."""
+    k = log(q / m) - skew q / m (DistiLLM), of which constants are left out."""
     common, rest = mixture(q, p, r, 1 - skew)
     log_rest = torch.log1p(rest, out=r)
     value = -dot(q, log_rest) - common.log1p() + (1 - skew) * p.sub_(q).sum(-1, True)
@@ -812,10 +817,10 @@ def jensen_shannon(q, p, r, targets, share):
     """share KL(p || m) + (1 - share) KL(q || m), m = share p + (1 - share) q (GKD, Agarwal et al.
     2024), with gradient (1 - share) q (log(q / m) - KL(q || m))."""
     common, rest = mixture(q, p, r, share)
-    k, common = rest.log1p_().neg_(), common.log1p_()               # k = log(q / m) + common
-    log_m_p = r.sub_(k).add_(common).clamp_(min=math.log(share))    # where q was lifted, too
+    k, log_common = rest.log1p_().neg_(), common.log1p_()       # k = log(q / m) + log_common
+    log_m_p = r.sub_(k).add_(log_common).clamp_(min=math.log(share))    # where q was lifted, too
     forward, (mean, gradient) = -p.mul_(log_m_p).sum(-1, True), slope(q, k)
-    value = share * forward + (1 - share) * (mean - common)
+    value = share * forward + (1 - share) * (mean - log_common)
     return value, gradient.mul_(1 - share)
 
 def diversity_aware_kl(q, p, r, targets, gamma):
@@ -823,18 +828,19 @@ def diversity_aware_kl(q, p, r, targets, gamma):
 
     With pi = q_t, rho = p_t and, without t, q' = q / (1 - pi), p' = p / (1 - rho):
     B = KL((pi, 1 - pi) || (rho, 1 - rho)), N = KL(q' || p'). Reverse KL is B + (1 - pi) N: a sure
-    student no longer hears of the rest, and N alone raises pi. With d = logit pi - logit rho and
-    k = log(q' / p') the gradient is pi (1 - pi) d at t, q' (gamma (k - N) - pi (1 - pi) d) off it.
+    student no longer hears of the rest, and can lower N's part by raising pi alone. With
+    d = logit pi - logit rho and k = log(q' / p') the gradient is pi (1 - pi) d at t and
+    q' (gamma (k - N) - pi (1 - pi) d) off it.
     Read off an independent implementation: the paper's own text was not to be had."""
     pi, ratio = q.gather(1, targets).double(), r.gather(1, targets).double()
     tiny = torch.finfo(q.dtype).tiny
     q, p = q.scatter(1, targets, 0), p.scatter_(1, targets, 0)
     rest_q, rest_p = (x.sum(-1, True).clamp_(min=tiny) for x in (q, p))
-    u = pi.clamp(min=tiny).log() - rest_q.double().log()                        # logit pi
+    a = pi.clamp(min=tiny).log() - rest_q.double().log()                        # logit pi
     rest_ratio = (rest_q.double() / rest_p).log()
-    v, log = u - (ratio - rest_ratio), F.logsigmoid                             # logit rho
-    binary = u.sigmoid() * (log(u) - log(v)) + (-u).sigmoid() * (log(-u) - log(-v))
-    pull = (u.sigmoid() * (-u).sigmoid() * (u - v)).to(q.dtype)
+    b, log = a - (ratio - rest_ratio), F.logsigmoid                             # logit rho
+    binary = a.sigmoid() * (log(a) - log(b)) + (-a).sigmoid() * (log(-a) - log(-b))
+    pull = (a.sigmoid() * (-a).sigmoid() * (a - b)).to(q.dtype)
     within, gradient = slope(q.div_(rest_q), r)
     within = within - rest_ratio + p.div_(rest_p).sub_(q).sum(-1, True)
     gradient.mul_(gamma).addcmul_(q, pull, value=-1).scatter_(1, targets, pull)
@@ -852,14 +858,17 @@ MIRRORED = {"fkl": "rkl", "rkl": "fkl", "skl": "srkl", "srkl": "skl"}   # D(q, p
 # 5. The fused loss
 #
 # student hidden (N, C), head (V, C), teacher hidden (N, C'), head (V, C'), targets (N,)
-#   ->  three numbers, without ever holding N rows of V logits
+#   ->  loss, cross-entropy and tau^2 divergence, summed, without ever holding N rows of V logits
+#
+# A chunk is what one matrix product makes. A block is the rows of it that are turned into gradients
+# at once: all of them on a GPU, on a CPU what fits in its caches.
 
 @dataclass(frozen=True)
 class LossSettings:
     """What the student is asked to do (the paper's Eqs. 1, 2, 3 and 9)."""
     objective: str = setting("ce", "Cross-entropy alone (seqkd: on the teacher's own text), or "
                              "with a divergence.", choices=("ce", "seqkd", *DIVERGENCES))
-    temperature: float = setting(2.0, "tau, by which all logits are divided (Eqs. 6, 7).", low=1e-3)
+    temperature: float = setting(2.0, "tau, by which all logits are divided (Eqs. 6, 7).", low=0.5)
     alpha: float = setting(0.5, "Weight of cross-entropy; the rest is divergence (Eq. 9).", high=1)
     beta: float = setting(1.0, "Teacher's share of the mixed logits (Eq. 2); 1: no mixing.", high=1)
     progressive: bool = setting(False, "Lower beta from epoch to epoch (Eq. 3).")
@@ -883,22 +892,24 @@ def loss_weights(settings) -> tuple[float, float]:
     by_row = settings.context if settings.reduction == "batchmean" else 1
     return settings.alpha, (1 - settings.alpha) * by_row
 
-def turn_into_gradient(settings, beta: float, room: Tensor, z: Tensor, targets: Tensor,
-                       w: Tensor | None = None) -> Tensor:
-    """Put in the place of z the loss's gradient with respect to the student's logits, tau z.
+def turn_into_gradient(settings, beta: float, room: Tensor, u: Tensor, targets: Tensor,
+                       v: Tensor | None = None) -> Tensor:
+    """Put in the place of u the loss's gradient with respect to the student's logits, tau u.
 
-    z, w (n, V), the student's and the teacher's logits / tau; targets (n, 1); room, of n rows or
-    more of V, to work in, as w is. Returns (n, 3): max z, log sum exp(tau (z - max z)), D."""
+    u, v (n, V), the student's and the teacher's logits / tau, a block of them; targets (n, 1);
+    room, n rows or more of V to work in, as v is, of the dtype to work in. Returns (n, 3): max u,
+    log sum exp(tau (u - max u)), D."""
     function, name = DIVERGENCES.get(settings.objective, (None, None))
     tau, (ce_weight, kl_weight) = settings.temperature if function else 1.0, loss_weights(settings)
-    q = z.to(room.dtype)
+    q = u.to(room.dtype)
     if function:
-        p, constant = w.to(room.dtype), name and getattr(settings, name)
+        p, constant = v.to(room.dtype), name and getattr(settings, name)
         if beta < 1:
             p.mul_(beta).add_(q, alpha=1 - beta)                                    # Eq. 2
         q, p, r, top, scale = to_probabilities(q, p, room[:len(q)])
         through = None
         if settings.mixing == "differentiated" and beta < 1:
+            # By p's logits, in which there are (1 - beta) u: D as the function of p that it is.
             mirrored, _ = DIVERGENCES[MIRRORED[settings.objective]]
             _, through = mirrored(p, q.clone(), -r, targets, constant)
         value, gradient = function(q, p, r, targets, constant)
@@ -906,17 +917,18 @@ def turn_into_gradient(settings, beta: float, room: Tensor, z: Tensor, targets: 
             gradient.add_(through, alpha=1 - beta)
         if kl_weight * tau != 1:                # tau^2, over the tau of d(z / tau)
             gradient.mul_(kl_weight * tau)
-        soft = torch.mul(q, 1 / scale, out=p).pow_(tau)         # exp(tau (z - max z))
+        # Cross-entropy is of temperature 1: exp(u - max u), had back from q, to the power of tau.
+        soft = torch.mul(q, 1 / scale, out=p).pow_(tau)
     else:
         top = q.amax(-1, True)
         soft, value, gradient = q.sub_(top).exp_(), torch.zeros_like(top), q.new_zeros(())
     total = soft.sum(-1, True)
-    soft.scatter_add_(1, targets, -total)
-    torch.addcmul(gradient, soft, ce_weight / total, out=z)
+    soft.scatter_add_(1, targets, -total)           # over the total: softmax less the observed
+    torch.addcmul(gradient, soft, ce_weight / total, out=u)
     return torch.cat([top, total.log_(), value], 1)
 
 def padded(x: Tensor, n: int, value: int = 0) -> Tensor:
-    """The rows of x and, behind them, rows of a value up to n of them."""
+    """The rows of x and, behind them, rows of a value up to n, that all products have one shape."""
     return F.pad(x, (0, 0, 0, n - len(x)), value=value) if len(x) < n else x
 
 CACHE = 2**17       # numbers of each array that a core works on at once, for they stay in its cache
@@ -927,12 +939,13 @@ class FusedLoss(torch.autograd.Function):
     With z the student's logits, w the teacher's, as in the paper's Eqs. 1, 2 and 6 to 9,
 
         q = softmax(z / tau)     p = softmax((beta w + (1 - beta) z) / tau)
-        loss = sum over tokens of  alpha CE(z, target) + (1 - alpha) tau^2 D(q, p)
+        loss = sum over tokens of  alpha CE(z, target) + (1 - alpha) tau^2 D(q, p)  [loss_weights]
 
     where the z within p is held constant <- differs (4): log q - log p = beta (z - w) / tau up to a
     constant, so the gradient of the reverse KL is exactly beta times that of the unmixed one. Under
     RKL "mixing outputs" is a weight on the distillation, and Eq. 3 a schedule of that weight.
-    ("differentiated" lets the gradient through: beta q (r - KL) - (1 - beta) (q - p) for RKL.)
+    ("differentiated" lets the gradient through: q (r - KL) - (1 - beta) (q - p) for RKL, with p
+    and r of the mixture.)
 
     As the gradient with respect to z is known in closed form, each chunk is finished at once: its
     logits are made, turned into their own gradient, multiplied back, and forgotten. The sums of
@@ -945,8 +958,8 @@ class FusedLoss(torch.autograd.Function):
 
         hidden (N, C), head (V, C), targets (N,), teacher_hidden (N, C'), teacher_head (V, C'); the
         teacher's may be None where there is no divergence. A target below 0 is ignored. Products
-        are in hidden's dtype, or autocast's (logits / tau must fit in); all else is in fp32 or
-        better, and nothing is divided by N before the products, where fp16 would lose it."""
+        are in hidden's dtype, or autocast's (logits / tau must be in its range); all else is in
+        fp32 or better, and nothing is divided by N before the products: fp16 would lose it."""
         N, V, kind, tau = len(hidden), len(head), hidden.device.type, 1.0
         exact, dtype = torch.promote_types(hidden.dtype, torch.float32), hidden.dtype
         if torch.is_autocast_enabled(kind):
@@ -954,32 +967,32 @@ class FusedLoss(torch.autograd.Function):
         n = max(1, math.ceil(N / max(1, math.ceil(N / chunk))))     # the chunks are of one length
         block = n if kind == "cuda" else max(1, CACHE * torch.get_num_threads() // V)
         room = hidden.new_empty(min(n, block), V, dtype=exact)
-        z, w = hidden.new_empty(n, V, dtype=dtype), None
+        u, v = hidden.new_empty(n, V, dtype=dtype), None
         parts = hidden.new_zeros(2, dtype=torch.float64)
         d_hidden, d_head = (torch.zeros_like(x, dtype=exact) if wanted else None
                             for x, wanted in zip((hidden, head), ctx.needs_input_grad))
         head = head.to(dtype)
         if settings.objective in DIVERGENCES:
-            w, tau, teacher_head = torch.empty_like(z), settings.temperature, teacher_head.to(dtype)
+            v, tau, teacher_head = torch.empty_like(u), settings.temperature, teacher_head.to(dtype)
         for i in range(0, N, n):
             h, target = padded(hidden[i:i + n], n).to(dtype), padded(targets[i:i + n, None], n, -1)
             keep, target = target >= 0, target.clamp(min=0)
-            torch.addmm(z, h, head.T, beta=0, alpha=1 / tau, out=z)
-            observed, blocks = z.gather(1, target), [z.split(block), target.split(block)]
-            if w is not None:
+            torch.addmm(u, h, head.T, beta=0, alpha=1 / tau, out=u)     # (addmm's alpha and beta)
+            observed, blocks = u.gather(1, target), [u.split(block), target.split(block)]
+            if v is not None:
                 t = padded(teacher_hidden[i:i + n], n).to(dtype)
-                torch.addmm(w, t, teacher_head.T, beta=0, alpha=1 / tau, out=w)
-                blocks.append(w.split(block))
+                torch.addmm(v, t, teacher_head.T, beta=0, alpha=1 / tau, out=v)
+                blocks.append(v.split(block))
             rows = [turn_into_gradient(settings, beta, room, *each) for each in zip(*blocks)]
             top, above, value = torch.cat(rows).double().split(1, 1)
             ce = above + tau * (top - observed)
             parts += (torch.cat([ce, tau**2 * value], 1) * keep).sum(0)
             if d_hidden is not None:
-                d_hidden[i:i + n] = (z @ head).mul_(keep)[:N - i]
+                d_hidden[i:i + n] = (u @ head).mul_(keep)[:N - i]
             if d_head is not None and dtype == exact:
-                d_head.addmm_(z.T, h * keep)
+                d_head.addmm_(u.T, h * keep)
             elif d_head is not None:
-                d_head += z.T @ (h * keep)
+                d_head += u.T @ (h * keep)
         ctx.save_for_backward(d_hidden, d_head)
         ctx.mark_non_differentiable(parts)
         return (parts * parts.new_tensor(loss_weights(settings))).sum().to(exact), parts
@@ -1013,7 +1026,7 @@ class Coach:
 
     BabyLlama averages its teachers' logits. The mean of K products is one product: hidden states
     side by side, times heads side by side divided by K. The teachers become ones of the dtype, for
-    they are only read; their heads stay as they are, for logits are sums of many products."""
+    they are only read; of the heads, put together here, the loss makes what it works in."""
 
     def __init__(self, teachers: list[Model], dtype: torch.dtype | None = None):
         with torch.no_grad():
@@ -1336,7 +1349,7 @@ def train_step(model: Model, optimizer: torch.optim.Optimizer, coach: Coach | No
                targets: Tensor, settings: Settings, beta: float,
                scaler: torch.amp.GradScaler | None = None) -> Tensor:
     """One optimizer step on inputs and targets (B, T), or this process's share of their rows: (4,)
-    loss, cross-entropy, divergence and the norm of the gradient. Nothing waits for a GPU in it.
+    loss, cross-entropy, tau^2 divergence, norm of the gradient. Nothing waits for a GPU in it.
 
     Each micro-batch is divided by the tokens of the whole step, so that without dropout neither
     accumulating nor sharing changes anything but the rounding. In fp16 a scaler keeps gradients
