@@ -27,6 +27,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import textwrap
 import threading
 import time
 import urllib.request
@@ -3263,6 +3264,94 @@ def readme_settings() -> str:
         name = field.name.replace("_", "-")
         rows.append(f"| `--{name}` | {help}{choices} | {default and f'`{default}`'} |")
     return "\n".join(rows)
+
+
+def readme_commands() -> list[list[str]]:
+    """The arguments of each `python choobaca.py` and `torchrun` in the README's blocks."""
+    readme = re.sub(r"\\\n *", "", (HOME / "README.md").read_text())
+    lines = re.findall(r"^ {4,8}(?:\$ )?((?:python choobaca|torchrun).*)", readme, re.M)
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("command", readme_commands(), ids=" ".join)
+def test_the_readmes_commands_run(command, default_run, tmp_path, monkeypatch):
+    """Each as it is printed, but for names in capitals, and made small where it would take long."""
+    shutil.copytree(default_run / "runs", tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    names = {"TRAIN_DIR": TINY, "DEV_DIR": TINY, "BLIMP_DIR": TINY / "blimp", "$seed": 5,
+             "$objective": "srkl", "DIR": "runs/tiny-rkl-1-seed0"}  # fmt: skip
+    args = [str(names.get(arg, arg)) for arg in command[command[0] != "torchrun" :]]
+    small = ["--steps", "2", "--warmup", "1", "--sample", "20"]
+    if command[0] == "torchrun":
+        torchrun = [sys.executable, "-m", "torch.distributed.run", *args[1:]]
+        torchrun[torchrun.index("choobaca.py")] = HOME / "choobaca.py"
+        done = subprocess.run([*torchrun, *small, "--out", "runs/two"], timeout=200)
+        assert done.returncode == 0 and (tmp_path / "runs/two/model.safetensors").exists()
+        return
+    verb, *args = args[1:]
+    if verb == "train" and "--config" in args:
+        place = args.index("--config") + 1
+        args[place] = HOME / args[place]
+        args += ["--text", TINY, "--dev", TINY, "--pairs", TINY / "blimp", "--vocab-size", "300"]
+        assert "GB, at least" in invoke(verb, *args, "--dry-run").stdout
+    elif verb == "train":
+        assert "mean of 20" in invoke(verb, *args, *small, "--out", "runs/new").stdout
+    elif verb == "download":
+        assert "is there already" in invoke(verb, *args, "--out", tmp_path / "runs").stdout
+    elif verb == "bench":
+        sizes = ["--rows", "32", "--width", "8", "--teacher-width", "8", "--vocab-size", "64"]
+        assert int(invoke(verb, *args, *sizes, "--weigh", "rkl").stdout) >= 0
+    else:
+        assert invoke(verb, *args).stdout
+
+
+def test_the_readmes_figures_are_of_this_program(default_run, tmp_path):
+    """Titles and names; the numbers of another machine may differ a little."""
+    runs = [default_run / "runs/tiny-rkl-1-seed0", *default_run.glob("runs/teacher-*")]
+    invoke("report", *runs, "-o", tmp_path / "report.svg")
+    invoke("toy", "--svg", tmp_path / "toy.svg")
+    for name in ("report.svg", "toy.svg"):
+        made, shown = ((folder / name).read_text() for folder in (tmp_path, HOME / "data"))
+        words = [re.findall(r">([^<>\d]*[a-z][^<>]*)</text>", text) for text in (made, shown)]
+        assert words[0] == words[1] and len(words[0]) > 20
+        assert made.count("<path") == pytest.approx(shown.count("<path"), abs=10)
+
+
+def test_the_readmes_divergence_is_one(tmp_path, monkeypatch):
+    """The ten lines, put where the README says: value and gradient, and a training of two steps."""
+    readme = (HOME / "README.md").read_text()
+    blocks = re.findall(r"(?:^ {4}.*\n|\n(?= {4}))+", readme[readme.index("## Add a div") :], re.M)
+    function, literal = (textwrap.dedent(block).strip() for block in blocks[:2])
+    function, entry = function.split("DIVERGENCES = {\n")
+    assert len(blocks[0].split("\n")) <= 10
+    head = "DIVERGENCES = {"
+    source = SOURCE.replace(head, f"{function}\n{head}\n{entry}\n", 1)
+    (tmp_path / "other.py").write_text(source)
+    spec = importlib.util.spec_from_file_location("other", tmp_path / "other.py")
+    other = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "other", other)
+    spec.loader.exec_module(other)
+    wanted = eval(literal.split(": ", 1)[1].rstrip(","))
+    z, w = (scale * torch.randn(5, 40, dtype=torch.float64) for scale in (1.0, 2.0))
+    u = z.clone().requires_grad_()
+    value = wanted(u.log_softmax(-1), w.log_softmax(-1), None, None)
+    value.sum().backward()
+    q, p, r, *_ = other.to_probabilities(z, w, torch.empty_like(z))
+    found, gradient = other.DIVERGENCES["hellinger"][0](q, p, r, None, None)
+    torch.testing.assert_close(found[:, 0], value.detach(), rtol=0, atol=1e-10)
+    torch.testing.assert_close(gradient, u.grad, rtol=0, atol=1e-10)
+    args = ["train", "-c", str(brief_config(tmp_path)), "--objective", "hellinger", "--teachers", "1"]
+    done = CliRunner().invoke(other.cli, [*args, "--steps", "2", "-o", str(tmp_path / "run")])
+    assert done.exit_code == 0, done.output
+
+
+def test_the_readmes_transformers_block_runs(default_run, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    readme, names = (HOME / "README.md").read_text(), {}
+    monkeypatch.chdir(default_run)
+    exec("\n".join(re.findall(r"^    ((?:from transformers|model =|tokenizer =).*)", readme, re.M)), names)
+    assert isinstance(names["model"], transformers.PreTrainedModel)
+    assert names["tokenizer"](" the dog").input_ids
 
 
 def first_cells(readme: str, head: str) -> set[str]:
