@@ -2238,32 +2238,34 @@ POINTS = torch.arange(50, dtype=torch.float64) / 5
 
 
 def ways(teacher: str, objective: str, starts: int, **how):
-    """Head and tail errors by epoch and start, and the largest error at the end, of students with
-    a logit for each point."""
+    """By epoch and start the errors in head, tail and far tail (p < 0.001), and the largest error
+    at the end, of students with a logit for each point."""
     p, draw = c.toy_teachers(POINTS)[teacher], torch.Generator().manual_seed(0)
     start = torch.rand(starts, 50, generator=draw, dtype=torch.float64)
     q, _ = c.fit_distribution(p, objective, start, lambda z: z, **how)
     falling = p.sort(descending=True)[0]
     head = p >= falling[int((falling.cumsum(0) < 0.5).sum())] * (1 - 1e-9)
     gap = (q - p).abs()
-    return gap[..., head].sum(-1), gap[..., ~head].sum(-1), gap[-1].max()
+    return *(gap[..., part].sum(-1) for part in (head, ~head, p < 1e-3)), gap[-1].max()
 
 
 TOYS = ("one mode", "two modes", "two narrow modes", "long tail")
 
 
 @pytest.mark.parametrize("teacher", TOYS)
-def test_in_the_toy_all_find_the_teacher_and_forward_kl_its_head_first(teacher):
-    """AKL paper, Figures 2 and 3, from 20 starts each. What it says of the tail holds for errors
-    without Adam; with Adam, forward KL is ahead there, too."""
+def test_in_the_toy_all_find_the_teacher_and_each_fits_its_part_first(teacher):
+    """AKL paper, Figures 2 and 3, at its setting, from 20 starts each: forward KL fits the head
+    first, reverse KL the far tail. In the tail as a whole it is ahead without Adam alone."""
     adam, sgd = dict(epochs=200, optimizer="adam"), dict(epochs=50, optimizer="sgd")
-    (head, tail, largest), (r_head, r_tail, r_largest), (*_, akl) = (
+    (head, tail, far, largest), (r_head, r_tail, r_far, r_largest), (*_, akl) = (
         ways(teacher, name, 20, **adam) for name in ("fkl", "rkl", "akl")
     )
     assert max(largest, r_largest, akl) < 1e-3
     assert (head[1:8] < r_head[1:8]).all()
+    if teacher != "two modes":  # which has no far tail
+        assert (r_far[1:11] < far[1:11]).all()
     assert (tail[1:5] < r_tail[1:5]).double().mean() > 0.95
-    (_, tail, _), (_, r_tail, _) = (ways(teacher, name, 20, **sgd) for name in ("fkl", "rkl"))
+    (_, tail, *_), (_, r_tail, *_) = (ways(teacher, name, 20, **sgd) for name in ("fkl", "rkl"))
     assert (r_tail[1:] < tail[1:]).all()
 
 
@@ -2288,7 +2290,7 @@ def test_the_toy_descends_by_the_divergences_gradients(name):
         assert torch.allclose(
             value[:, 0], LITERAL[name](after, p.log().expand(3, -1), targets, s), atol=1e-10
         )
-    assert ways("long tail", name, 1, epochs=200, optimizer="adam")[2] < 1e-3
+    assert ways("long tail", name, 1, epochs=200, optimizer="adam")[-1] < 1e-3
 
 
 def test_toy_shows_where_modes_are_sought(tmp_path):
@@ -2328,7 +2330,7 @@ def test_toy_as_a_table():
     first = invoke(*args)
     lines = first.stdout.splitlines()
     assert len(lines) == 2 + 4 * 3 + 2 and max(map(len, lines)) <= 100
-    assert lines[1].split()[:6] == ["teacher", "objective", "1", "5", "1", "5"]
+    assert lines[1].split()[:5] == ["teacher", "objective", "5", "5", "5"]
     drawn = [line.split()[-1] for line in lines[2:-2]]
     assert {len(line) for line in drawn} == {25} and set("".join(drawn)) <= set("▁▂▃▄▅▆▇█")
     assert all("█" in "".join(drawn[i : i + 3]) for i in range(0, 12, 3))
@@ -3340,8 +3342,9 @@ def test_the_readmes_divergence_is_one(tmp_path, monkeypatch):
     found, gradient = other.DIVERGENCES["hellinger"][0](q, p, r, None, None)
     torch.testing.assert_close(found[:, 0], value.detach(), rtol=0, atol=1e-10)
     torch.testing.assert_close(gradient, u.grad, rtol=0, atol=1e-10)
-    args = ["train", "-c", str(brief_config(tmp_path)), "--objective", "hellinger", "--teachers", "1"]
-    done = CliRunner().invoke(other.cli, [*args, "--steps", "2", "-o", str(tmp_path / "run")])
+    args = ["train", "-c", str(brief_config(tmp_path)), "--teachers", "1", "--steps", "2"]
+    args += ["--objective", "hellinger", "-o", str(tmp_path / "run")]
+    done = CliRunner().invoke(other.cli, args)
     assert done.exit_code == 0, done.output
 
 
@@ -3349,7 +3352,8 @@ def test_the_readmes_transformers_block_runs(default_run, monkeypatch):
     transformers = pytest.importorskip("transformers")
     readme, names = (HOME / "README.md").read_text(), {}
     monkeypatch.chdir(default_run)
-    exec("\n".join(re.findall(r"^    ((?:from transformers|model =|tokenizer =).*)", readme, re.M)), names)
+    lines = re.findall(r"^    ((?:from transformers|model =|tokenizer =).*)", readme, re.M)
+    exec("\n".join(lines), names)
     assert isinstance(names["model"], transformers.PreTrainedModel)
     assert names["tokenizer"](" the dog").input_ids
 
