@@ -3142,7 +3142,7 @@ def toy_table(results: dict[str, dict], epochs: int) -> str:
                                for part in parts)
             lines.append(f"{'':<17}{name:<9}{errors}  {row['largest']:10.1e}  "
                          f"{blocks(row['gaussian_q'])}")
-    return "\n".join([*lines, "", "head: the fewest tokens with half of the mass; tail: the others."])
+    return "\n".join([*lines, "", "head: the fewest tokens of half the mass; tail: the others."])
 
 @cli.command("toy")
 @click.option("--objective", "objectives", multiple=True, default=["fkl", "rkl", "akl"],
