@@ -995,7 +995,8 @@ class FusedLoss(torch.autograd.Function):
                 d_head += u.T @ (h * keep)
         ctx.save_for_backward(d_hidden, d_head)
         ctx.mark_non_differentiable(parts)
-        return (parts * parts.new_tensor(loss_weights(settings))).sum().to(exact), parts
+        ce_weight, kl_weight = loss_weights(settings)
+        return (ce_weight * parts[0] + kl_weight * parts[1]).to(exact), parts
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -1331,9 +1332,16 @@ def first_process_first():
     flag = torch.zeros(1, device="cuda" if size > 1 and dist.get_backend() == "nccl" else "cpu")
     if rank:
         sum_over_processes([flag])
+        flag.item()                     # for it a GPU's host waits, and not for the sum
     yield
     if not rank:
         sum_over_processes([flag])
+
+def first_says(value: float, device: str) -> float:
+    """A number as the first process has it, in all processes."""
+    told = torch.tensor([0.0 if rank_and_size()[0] else value], dtype=torch.float64, device=device)
+    sum_over_processes([told])
+    return told.item()
 
 @contextlib.contextmanager
 def tf32():
@@ -1449,12 +1457,14 @@ def locked(folder: Path):
 def signals_kept():
     """A list that takes up Ctrl-C's and SIGTERM's signal instead of ending the program at once.
 
-    A second one ends it: then there is no checkpoint of this moment."""
+    A second one ends it, without a checkpoint of this moment; but not one of several processes,
+    for there it comes from torchrun, as soon as one of them has ended."""
     came, numbers = [], (signal.SIGINT, signal.SIGTERM)
 
     def keep(number, _):
         came.append(number)
-        signal.signal(number, before[number])
+        if rank_and_size()[1] == 1:
+            signal.signal(number, before[number])
 
     before = {number: signal.signal(number, keep) for number in numbers}
     try:
@@ -1589,19 +1599,25 @@ def need_same(run: Run, record: dict) -> None:
             shown = what.format(name.replace("_", "-"))
             need(name in free or old.get(name) == value, f"{shown} is {value}, but {run.out} was "
                  f"begun with {old.get(name)}: go on with that, or choose another --out.")
+    old, new = ((facts.get("processes", 1), "a CPU" if facts.get("device") == "cpu" else "a GPU")
+                for facts in (before, record))
+    need(old == new, f"{run.out} was begun by {old[0]} process(es) on {old[1]}, and these are "
+         f"{new[0]} on {new[1]}: go on as it was begun, or choose another --out.")
 
 def share_of_rows(batch: tuple[Tensor, Tensor], device: str) -> list[Tensor]:
     """Inputs and targets (B, T) of this process, on its device."""
     rank, size = rank_and_size()
     mine = [rows.tensor_split(size)[rank] for rows in batch]
-    return [rows.pin_memory().to(device, non_blocking=True) for rows in mine] \
+    return [rows.contiguous().pin_memory().to(device, non_blocking=True) for rows in mine] \
         if device == "cuda" else mine
 
-def stop_signal(signals: list[int], device: str) -> int:
+def stop_signal(signals: list[int], device: str, step: int) -> int:
     """The signal that this process was sent, SIGTERM if another was, or 0: all stop after the same
-    step."""
+    step. As GPUs have to be waited for to ask the others, they are asked every 20 steps."""
     if rank_and_size()[1] == 1:
         return max(signals, default=0)
+    if device == "cuda" and step % 20:
+        return 0
     flag = torch.tensor([float(len(signals))], device=device)
     sum_over_processes([flag])
     return max(signals, default=signal.SIGTERM if flag else 0)
@@ -1610,14 +1626,22 @@ def starting_point(run: Run, record: dict, resume: bool, steps: int,
                    progress: Progress) -> tuple[int, float]:
     """The step and the seconds to go on from: a checkpoint's, or 0 in a folder made ready."""
     state = run.out / "state.pt"
-    if resume and state.exists():
+    if resume and (run.out / "run.json").exists():
         need_same(run, record)
-        return load_state(state, steps, progress)
-    if rank_and_size()[0] == 0:
+    found = load_state(state, steps, progress) if resume and state.exists() else (0, 0.0)
+    need(first_says(found[0], progress.model.head.device) == found[0], f"{run.out} is another "
+         "folder for some of the processes: expected one that they share.")
+    if found[0] == rank_and_size()[0] == 0:
         state.unlink(missing_ok=True)
         (run.out / "model.safetensors").unlink(missing_ok=True)
         write_json(run.out / "run.json", record)
-    return 0, 0.0
+    return found
+
+def finish(run: Run, model: Model, vocabulary: Vocabulary) -> None:
+    """Save the weights, and remove the checkpoints, of which a killed run may leave two."""
+    save_model(run.out, model, vocabulary)
+    for name in ("state.pt", "state.pt.partial"):
+        (run.out / name).unlink(missing_ok=True)
 
 def fit(run: Run, corpus: Corpus, device: str, resume: bool = False) -> tuple[int, float]:
     """Train a run; its folder has the log from the first step, and the weights at the end. Returns
@@ -1638,7 +1662,7 @@ def fit(run: Run, corpus: Corpus, device: str, resume: bool = False) -> tuple[in
             each.compile()
     first, spent = starting_point(run, describe_run(run, corpus, device), resume, steps, progress)
     with signals_kept() as signals, Journal(run, progress.scaler, first, steps, spent) as journal:
-        saved = time.monotonic()
+        saved, number = time.monotonic(), 0
         for step in range(first, steps):
             inputs, targets = share_of_rows(batch_at(step, corpus.train, settings), device)
             beta = beta_at(step // per_epoch, math.ceil(steps / per_epoch), settings)
@@ -1646,7 +1670,7 @@ def fit(run: Run, corpus: Corpus, device: str, resume: bool = False) -> tuple[in
                 "lr": lr_at(step, steps, per_epoch, settings)}
             for group in progress.optimizer.param_groups:
                 group["lr"] = rates["lr"]
-            torch.manual_seed((settings.seed * 2**32 + step) * size + rank)     # of dropout alone
+            torch.manual_seed(((settings.seed * 2**32 + step) * size + rank) % 2**63)   # of dropout
             row = train_step(model, progress.optimizer, coach, inputs, targets, settings, beta,
                              progress.scaler)
             journal.add(step + 1, row, rates)
@@ -1655,19 +1679,19 @@ def fit(run: Run, corpus: Corpus, device: str, resume: bool = False) -> tuple[in
                 journal.settle()
                 loss = held_out_loss(model, corpus.dev, settings)
                 journal.write({"step": step + 1, "dev_loss": loss})
-            number = stop_signal(signals, device)
+            number = stop_signal(signals, device, step)
             if not last and (number or time.monotonic() - saved > 60 * settings.save_minutes):
                 journal.save(step + 1, progress)
                 saved = time.monotonic()
-            if number and not last:
-                say(f"{run.name}: stopped after step {step + 1:,} of {steps:,}, which is kept. To "
-                    "go on: the same command with --resume.")
-                sys.exit(128 + number)
-        with first_process_first():
-            if rank == 0:
-                save_model(run.out, model, corpus.vocabulary)
-                for name in ("state.pt", "state.pt.partial"):       # a killed run may leave both
-                    (run.out / name).unlink(missing_ok=True)
+            if number:
+                break
+        with first_process_first():             # none ends while the first still writes
+            if rank == 0 and last:
+                finish(run, model, corpus.vocabulary)
+        if number:
+            say(f"{run.name}: stopped after step {step + 1:,} of {steps:,}, which is kept. To go "
+                "on: the same command with --resume.")
+            sys.exit(128 + number)
     return steps - first, journal.seconds() - spent
 
 def likeliest(p: Tensor, mass: float) -> Tensor:
@@ -2226,6 +2250,11 @@ def check_teacher(run: Run, corpus: Corpus) -> None:
     need(all(weight.isfinite().all() for weight in teacher.parameters()), f"{run.out}: its weights "
          "are not all finite numbers: train it again, perhaps with a lower --lr.")
 
+def need_free(run: Run, unless: bool) -> None:
+    """Error: a run was interrupted, and --resume or --overwrite does not say what to do with it."""
+    need(unless or not (run.out / "state.pt").exists(), f"{run.out} holds an interrupted run: add "
+         "--resume to go on with it, or --overwrite to begin again.")
+
 def lay_out(out: Path, folders: list[Path], settings: Settings, described: list[Settings],
             corpus: Corpus) -> list[Run]:
     """A command's runs: the teachers, in these folders or as they are described, and the student.
@@ -2298,15 +2327,16 @@ def products_speed(device: str, dtype: torch.dtype) -> float:
     """FLOP/s of large products, the best of four."""
     n, seconds = 8192 if device == "cuda" else 2048, []
     a = torch.ones(n, n, device=device, dtype=dtype)
-    for _ in range(4):
-        begin = time.perf_counter()
-        (a @ a)[0, 0].item()
-        seconds.append(time.perf_counter() - begin)
+    with tf32():
+        for _ in range(4):
+            begin = time.perf_counter()
+            (a @ a)[0, 0].item()
+            seconds.append(time.perf_counter() - begin)
     return 2 * n**3 / min(seconds)
 
 def cost_of_a_step(run: Run, V: int, device: str) -> tuple[int, float]:
     """FLOPs of a model's forward and backward pass and of its teachers' forward passes; and the
-    seconds that they take here at least, as large products of their dtypes."""
+    seconds that they take here at least, as large products of their dtypes, shared evenly."""
     settings, T, dtype = run.settings, run.settings.context, step_dtype(run.settings, device)
     own, *taught = (settings.batch_size * T * flops_of_a_token(each.shape, V, T)
                     for each in (run, *run.coaches))
@@ -2314,7 +2344,7 @@ def cost_of_a_step(run: Run, V: int, device: str) -> tuple[int, float]:
     if taught:
         dtype = PRECISIONS.get(settings.teacher_precision, dtype)
         seconds += sum(taught) / products_speed(device, dtype)
-    return 3 * own + sum(taught), seconds
+    return 3 * own + sum(taught), seconds / rank_and_size()[1]
 
 def describe_plan(run: Run, corpus: Corpus, device: str) -> str:
     """What will be trained: size, loss, steps, tokens, and what that will at least cost here."""
@@ -2392,8 +2422,9 @@ class Cli(click.Group):
             raise
         except (MemoryError, RuntimeError) as error:
             need(not isinstance(error, (MemoryError, torch.OutOfMemoryError))
-                 and "DefaultCPUAllocator" not in str(error), "out of memory: in training, lower "
-                 "--micro-batch (rows at once), then --chunk; else take a smaller model or sample.")
+                 and "DefaultCPUAllocator" not in str(error), "out of memory: in training, give "
+                 "a smaller --micro-batch (rows at once; 0 is all), then a smaller --chunk; else "
+                 "take a smaller model or sample.")
             raise
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"],
@@ -2403,9 +2434,12 @@ def cli() -> None:
 
 def join_processes(device: str) -> None:
     """Join the processes that torchrun started, if it did: together they train one model."""
-    if {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+    if {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            number, have = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            need(number < have, f"this is process {number + 1} of this machine, which has {have} "
+                 "GPUs: expected one each. Lower torchrun's --nproc-per-node.")
+            torch.cuda.set_device(number)
         dist.init_process_group("nccl" if device == "cuda" else "gloo",
                                 timeout=datetime.timedelta(hours=1))
         click.get_current_context().call_on_close(dist.destroy_process_group)
@@ -2437,7 +2471,9 @@ def train_command(config: Path, out: Path | None, folders: tuple[Path, ...], res
         say(f"{flag} has no part in --objective {settings.objective}.")
     name = f"{config.stem}-{settings.objective}-{settings.teachers}-seed{settings.seed}"
     out = out or Path("runs", name)
-    need(not out.exists() or not any(out.iterdir()) or (out / "run.json").exists(),
+    own = re.compile(r"log\.jsonl|.*\.partial")     # all there is of a run that was killed early
+    need(not out.exists() or (out / "run.json").exists()
+         or all(own.fullmatch(path.name) for path in out.iterdir()),
          f"{out} already holds files that are no run: choose another --out.")
     need(overwrite or resume or dry_run or not (out / "model.safetensors").exists(), f"{out} "
          "already holds a run: choose another --out, or add --overwrite to replace it.")
@@ -2449,9 +2485,9 @@ def train_command(config: Path, out: Path | None, folders: tuple[Path, ...], res
     todo = [run for run in runs if not run.finished or overwrite and run is runs[-1]]
     for run in runs:
         encode_pairs(corpus.vocabulary, pairs, check_run(run, settings.context, run in todo))
-        need(run not in todo or resume or overwrite or dry_run or not (run.out / "state.pt").exists(
-            ), f"{run.out} holds an interrupted run: add --resume to go on with it, or "
-            "--overwrite to begin again.")
+        need_free(run, resume or overwrite or dry_run or run not in todo)
+    if resume and runs[-1] not in todo:
+        need_same(runs[-1], read_json(out / "run.json") | {"settings": asdict(settings)})
     say("\n".join([
         f"text      {settings.text}: {len(corpus.train):,} tokens, {len(corpus.dev):,} held out, "
         f"vocabulary {corpus.vocabulary.size:,}",
@@ -2463,6 +2499,10 @@ def train_command(config: Path, out: Path | None, folders: tuple[Path, ...], res
             with first_process_first():
                 corpus = sampled_corpus(runs[0], corpus, settings, out.parent, device)
         with locked(run.out):
+            need_free(run, resume or overwrite)
+            done = run.finished and not (overwrite and run is runs[-1])
+            if first_says(done, device):                # by another command, meanwhile
+                continue
             steps, seconds = fit(run, corpus, device, resume)
         say(describe_cost(run, corpus.vocabulary.size, steps, seconds, device))
     if not dry_run and rank_and_size()[0] == 0:

@@ -6,6 +6,7 @@ compare with Hugging Face's transformers are skipped where it is not installed.
 
 import _thread
 import ast
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -1420,6 +1421,71 @@ def test_a_signal_ends_a_run_after_the_step_and_resume_goes_on(tmp_path, monkeyp
     assert one.read_bytes() == other.read_bytes() and history(out) == history(tmp_path / "whole/x")
     assert "there already" in invoke(*args, "--resume").stderr
     assert "add --overwrite" in invoke(*args, code=1).stderr
+    assert "--lr is 0.5" in invoke(*args, "--resume", "--lr", "0.5", code=1).stderr
+
+
+def test_a_signal_in_the_last_step_ends_the_command_too(tmp_path, monkeypatch):
+    """The teacher is whole, and the student is what --resume goes on with; so is what a run that
+    was killed at its very beginning has left."""
+    config, step = brief_config(tmp_path), c.train_step
+    args = ["train", "-c", config, "--objective", "rkl", "--teachers", "1"]
+    invoke(*args, "-o", tmp_path / "whole/x")
+    taken = []
+
+    def signalled(*rest):
+        taken.append(step(*rest))
+        if len(taken) == 6:
+            os.kill(os.getpid(), signal.SIGINT)
+        return taken[-1]
+
+    monkeypatch.setattr(c, "train_step", signalled)
+    result = invoke(*args, "-o", tmp_path / "part/x", code=130)
+    assert "stopped after step 6 of 6" in result.stderr and result.stdout == ""
+    (teacher,) = tmp_path.glob("part/teacher-*")
+    assert (teacher / "model.safetensors").exists() and not (tmp_path / "part/x").exists()
+    (tmp_path / "part/x").mkdir()
+    (tmp_path / "part/x/log.jsonl").touch()
+    (tmp_path / "part/x/run.json.partial").touch()
+    invoke(*args, "-o", tmp_path / "part/x", "--resume")
+    one, other = (tmp_path / name / "x/model.safetensors" for name in ("whole", "part"))
+    assert one.read_bytes() == other.read_bytes() and len(taken) == 12
+
+
+def test_resume_wants_the_device_and_the_processes_of_the_begin(tmp_path, monkeypatch):
+    config, out, step = brief_config(tmp_path), tmp_path / "x", c.train_step
+
+    def stopped(*rest):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(*rest)
+
+    monkeypatch.setattr(c, "train_step", stopped)
+    invoke("train", "-c", config, "-o", out, code=130)
+    facts = json.loads((out / "run.json").read_text())
+    for changed in ({"processes": 2}, {"device": "NVIDIA H200"}):
+        (out / "run.json").write_text(json.dumps(facts | changed))
+        said = invoke("train", "-c", config, "-o", out, "--resume", code=1).stderr
+        assert "go on as it was begun" in said and (out / "state.pt").exists()
+
+
+def test_what_another_command_has_trained_meanwhile_is_kept(tmp_path, monkeypatch):
+    """Of two commands with one teacher, the second to come to it finds it whole."""
+    config, locked = brief_config(tmp_path), c.locked
+    args = ["train", "-c", config, "--objective", "rkl", "--teachers", "1", "-o"]
+    invoke(*args, tmp_path / "a/x")
+    (teacher,) = tmp_path.glob("a/teacher-*")
+
+    @contextlib.contextmanager
+    def late(folder):
+        if folder.name == teacher.name:
+            shutil.copytree(teacher, folder)
+            os.utime(folder / "model.safetensors", (1, 1))
+        with locked(folder):
+            yield
+
+    monkeypatch.setattr(c, "locked", late)
+    invoke(*args, tmp_path / "b/x")
+    kept = tmp_path / "b" / teacher.name / "model.safetensors"
+    assert kept.stat().st_mtime == 1 and (tmp_path / "b/x/model.safetensors").exists()
 
 
 def test_fp16_goes_on_with_its_loss_scale(tmp_path, monkeypatch):
