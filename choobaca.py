@@ -2699,7 +2699,7 @@ def unpack(path: Path, members: dict[str, str], folder: Path) -> None:
 @cli.command("download")
 @click.argument("name", type=click.Choice(list(SOURCES)))
 @click.option("-o", "--out", type=click.Path(path_type=Path),
-              help="The folder to make.  [default: data/NAME, where eval-blimp looks]")
+              help="The folder to make.  [default: data/NAME]")
 def download_command(name: str, out: Path | None) -> None:
     """Fetch the text or the minimal pairs of that name from where they are published.
 

@@ -3347,7 +3347,10 @@ def test_the_readmes_commands_run(command, default_run, tmp_path, monkeypatch):
     shutil.copytree(default_run / "runs", tmp_path / "runs")
     monkeypatch.chdir(tmp_path)
     names = {"TRAIN_DIR": TINY, "DEV_DIR": TINY, "BLIMP_DIR": TINY / "blimp", "$seed": 5,
-             "$objective": "srkl", "DIR": "runs/tiny-rkl-1-seed0"}  # fmt: skip
+             "$objective": "srkl", "DIR": "runs/tiny-rkl-1-seed0",
+             "TEACHER": "runs/tiny-rkl-1-seed0"}  # fmt: skip
+    if command[2] == "compare":
+        names |= {"runs/rkl-0": names["DIR"], "runs/fkl-1": next(Path("runs").glob("teacher-*"))}
     args = [str(names.get(arg, arg)) for arg in command[command[0] != "torchrun" :]]
     small = ["--steps", "2", "--warmup", "1", "--sample", "20"]
     if command[0] == "torchrun":
@@ -3361,6 +3364,7 @@ def test_the_readmes_commands_run(command, default_run, tmp_path, monkeypatch):
         place = args.index("--config") + 1
         args[place] = HOME / args[place]
         args += ["--text", TINY, "--dev", TINY, "--pairs", TINY / "blimp", "--vocab-size", "300"]
+        args += ["--context", "64"] * ("--teacher" in args)
         assert "GB, at least" in invoke(verb, *args, "--dry-run").stdout
     elif verb == "train":
         assert "mean of 20" in invoke(verb, *args, *small, "--out", "runs/new").stdout
