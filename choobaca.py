@@ -1620,7 +1620,7 @@ def stop_signal(signals: list[int], device: str, step: int) -> int:
         return 0
     flag = torch.tensor([float(len(signals))], device=device)
     sum_over_processes([flag])
-    return max(signals, default=signal.SIGTERM if flag else 0)
+    return max(signals, default=signal.SIGTERM) if flag else 0      # one that came since: next time
 
 def starting_point(run: Run, record: dict, resume: bool, steps: int,
                    progress: Progress) -> tuple[int, float]:

@@ -1530,6 +1530,15 @@ def test_two_processes_stop_and_go_on_as_one(tmp_path):
     assert history(tmp_path / "whole") == history(tmp_path / "part")
 
 
+def test_a_signal_that_comes_while_the_others_are_asked_waits(monkeypatch):
+    """Else one process would stop, and the others go on without it."""
+    signals = []
+    monkeypatch.setattr(c, "rank_and_size", lambda: (1, 2))
+    monkeypatch.setattr(c, "sum_over_processes", lambda tensors: signals.append(signal.SIGINT))
+    assert c.stop_signal(signals, "cpu", 3) == 0
+    assert c.stop_signal(signals, "cpu", 4) == signal.SIGINT and len(signals) == 2
+
+
 @pytest.mark.skipif(c.fcntl is None, reason="no locks here")
 def test_a_second_process_in_a_run_is_refused(tmp_path):
     config, out = brief_config(tmp_path), tmp_path / "run"
