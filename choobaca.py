@@ -786,7 +786,7 @@ def adaptive_kl_reversed(q, p, r, targets, mu):
 
 def skewed_kl(q, p, r, targets, skew):
     """KL(p || m), m = skew p + (1 - skew) q, with gradient q (k - sum q k), k = (skew - 1) p / m
-    (DistiLLM, Ko et al. 2024). By m / p - 1 = (1 - skew) (q - p) / p no digits go near p = q."""
+    (DistiLLM, Ko et al. 2024). By m / p - 1 = (1 - skew) (q - p) / p, exact near p = q."""
     p.clamp_(min=torch.finfo(p.dtype).tiny)
     excess = torch.sub(q, p, out=r).div_(p).mul_(1 - skew)                      # m / p - 1
     forward = -dot(p, excess.log1p())
@@ -838,8 +838,9 @@ def diversity_aware_kl(q, p, r, targets, gamma):
     rest_q, rest_p = (x.sum(-1, True).clamp_(min=tiny) for x in (q, p))
     a = pi.clamp(min=tiny).log() - rest_q.double().log()                        # logit pi
     rest_ratio = (rest_q.double() / rest_p).log()
-    b, log = a - (ratio - rest_ratio), F.logsigmoid                             # logit rho
-    binary = a.sigmoid() * (log(a) - log(b)) + (-a).sigmoid() * (log(-a) - log(-b))
+    b, log_sigmoid = a - (ratio - rest_ratio), F.logsigmoid                     # logit rho
+    binary = a.sigmoid() * (log_sigmoid(a) - log_sigmoid(b)) + \
+        (-a).sigmoid() * (log_sigmoid(-a) - log_sigmoid(-b))
     pull = (a.sigmoid() * (-a).sigmoid() * (a - b)).to(q.dtype)
     within, gradient = slope(q.div_(rest_q), r)
     within = within - rest_ratio + p.div_(rest_p).sub_(q).sum(-1, True)
@@ -939,7 +940,9 @@ class FusedLoss(torch.autograd.Function):
     With z the student's logits, w the teacher's, as in the paper's Eqs. 1, 2 and 6 to 9,
 
         q = softmax(z / tau)     p = softmax((beta w + (1 - beta) z) / tau)
-        loss = sum over tokens of  alpha CE(z, target) + (1 - alpha) tau^2 D(q, p)  [loss_weights]
+        loss = sum over tokens of  alpha CE(z, target) + (1 - alpha) tau^2 D(q, p)
+
+    (with "batchmean" T times the second part: see `loss_weights`),
 
     where the z within p is held constant <- differs (4): log q - log p = beta (z - w) / tau up to a
     constant, so the gradient of the reverse KL is exactly beta times that of the unmixed one. Under
@@ -1575,7 +1578,7 @@ def load_state(path: Path, steps: int, progress: Progress) -> tuple[int, float]:
             part.load_state_dict(state[name])
         step, seconds = state["step"], float(state["seconds"])
         moments = progress.optimizer.state
-        sound = type(step) is int and 0 < step <= steps and math.isfinite(seconds) and all(
+        sound = type(step) is int and 0 < step < steps and math.isfinite(seconds) and all(
             moments[weight][name].shape == weight.shape and moments[weight][name].isfinite().all()
             for weight in progress.model.parameters() for name in ("exp_avg", "exp_avg_sq"))
         problem = "its parts do not fit each other"

@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import random
 import re
 import resource
@@ -2748,6 +2749,37 @@ def test_no_mutated_file_gets_through_or_brings_it_down(tmp_path, saved, vocabul
         read()
     assert sum(outcomes.values()) == 20_000 and min(outcomes.values()) > 0, outcomes
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000, outcomes
+
+
+class Mischief:
+    """What runs a command when it is unpickled, if anything is."""
+
+    def __reduce__(self):
+        return os.mkdir, (os.environ["MISCHIEF"],)
+
+
+def test_a_pickle_in_a_checkpoint_runs_no_code(tmp_path, monkeypatch):
+    """In any part of it, or as the whole file; nor is a step believed that none is left after."""
+    config, out, step = brief_config(tmp_path), tmp_path / "x", c.train_step
+    monkeypatch.setenv("MISCHIEF", str(tmp_path / "done"))
+
+    def stopped(*rest):
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(*rest)
+
+    monkeypatch.setattr(c, "train_step", stopped)
+    invoke("train", "-c", config, "-o", out, code=130)
+    state = torch.load(out / "state.pt", weights_only=True)
+    harms = [{**state, "seconds": Mischief()}, {**state, "model": Mischief()}, Mischief()]
+    for harm in (*harms, {**state, "step": 6}):
+        torch.save(harm, out / "state.pt")
+        said = invoke("train", "-c", config, "-o", out, "--resume", code=1).stderr
+        assert "state.pt is damaged" in said and not (tmp_path / "done").exists()
+    (out / "state.pt").write_bytes(pickle.dumps(Mischief()))
+    invoke("train", "-c", config, "-o", out, "--resume", code=1)
+    assert not (tmp_path / "done").exists()
+    pickle.loads((out / "state.pt").read_bytes())
+    assert (tmp_path / "done").exists()  # and this is what it would have done
 
 
 def test_bad_pairs_name_file_and_line(saved, tmp_path):
