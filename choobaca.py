@@ -81,6 +81,7 @@ import torch.nn.functional as F
 from tokenizers import (Tokenizer, decoders, models, normalizers, pre_tokenizers, processors,
                         trainers)
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 try:
@@ -1259,6 +1260,8 @@ class Settings(OptimizerSettings, LossSettings, ModelSettings, BatchSettings, Te
     compile: bool = setting(True, "Compile the models on a GPU.")
     save_minutes: float = setting(10.0, "Minutes between checkpoints, from which --resume goes on.")
     micro_batch: int = setting(0, "Rows in memory at once, a divisor of the batch; 0: all.")
+    activation_checkpointing: bool = setting(False, "Keep a block's input alone and make the rest "
+                                             "again in the backward pass: less memory, more time.")
     chunk: int = setting(304, "Rows of logits that the loss holds at once.", low=1)
     eval_every: int = setting(0, "Steps between held-out losses; 0: only one, at the end.")
     dev_tokens: int = setting(0, "Read about this many held-out tokens, evenly spread; 0: all.")
@@ -1386,6 +1389,13 @@ def train_step(model: Model, optimizer: torch.optim.Optimizer, coach: Coach | No
     scaler.step(optimizer)
     scaler.update()
     return torch.cat([losses, norm.double()[None]])
+
+def checkpoint_activations(model: Model) -> None:
+    """Keep of each block what goes in and nothing else; the backward pass makes the rest of it
+    again, dropout as it was (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+    One forward pass more, and no value changes."""
+    for block in model.layers if isinstance(model, Llama) else model.h:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 @torch.no_grad()
 def held_out_loss(model: Model, ids: np.ndarray, settings: Settings) -> float | None:
@@ -1591,7 +1601,7 @@ def load_state(path: Path, steps: int, progress: Progress) -> tuple[int, float]:
 
 def need_same(run: Run, record: dict) -> None:
     """Error: an interrupted run was begun otherwise than run.json would have it now."""
-    before, free = read_json(run.out / "run.json"), {"save_minutes"} | {
+    before, free = read_json(run.out / "run.json"), {"save_minutes", "activation_checkpointing"} | {
         field.name for field in fields(Settings) if field.metadata["path"]}
     for group, what, free in (("settings", "--{}", free),
                               ("digests", "the digest of {}", {"choobaca.py"})):
@@ -1646,6 +1656,12 @@ def finish(run: Run, model: Model, vocabulary: Vocabulary) -> None:
     for name in ("state.pt", "state.pt.partial"):
         (run.out / name).unlink(missing_ok=True)
 
+def compile_models(models: list[Model], settings: Settings, device: str) -> None:
+    """Compile a run's models, where it pays: a step on a GPU is bound by its many launches."""
+    if settings.compile and device == "cuda":
+        for model in models:
+            model.compile()
+
 def fit(run: Run, corpus: Corpus, device: str, resume: bool = False) -> tuple[int, float]:
     """Train a run; its folder has the log from the first step, and the weights at the end. Returns
     the steps that were left to do and their seconds.
@@ -1660,9 +1676,9 @@ def fit(run: Run, corpus: Corpus, device: str, resume: bool = False) -> tuple[in
                         torch.amp.GradScaler(device, enabled=dtype == torch.float16))
     coach = Coach([load_model(each.out, device)[0] for each in run.coaches],
                   PRECISIONS.get(settings.teacher_precision, dtype)) if run.coaches else None
-    if settings.compile and device == "cuda":
-        for each in (model, *(coach.teachers if coach else ())):
-            each.compile()
+    if settings.activation_checkpointing:
+        checkpoint_activations(model)
+    compile_models([model, *(coach.teachers if coach else ())], settings, device)
     first, spent = starting_point(run, describe_run(run, corpus, device), resume, steps, progress)
     with signals_kept() as signals, Journal(run, progress.scaler, first, steps, spent) as journal:
         saved, number = time.monotonic(), 0
@@ -2324,6 +2340,8 @@ def memory_of_a_run(run: Run, V: int, device: str) -> int:
                    for each in run.coaches)
     chunks = min(settings.chunk, tokens) * V * (4 + 2 * dtype.itemsize)
     kept = settings.layers * (13 * settings.width + inner) * dtype.itemsize
+    if settings.activation_checkpointing:       # one block whole, and all inputs
+        kept = kept // settings.layers + settings.layers * settings.width * dtype.itemsize
     return int(1.15 * (weights + tokens * kept + chunks + 3 * 10**8))     # with gaps, and torch
 
 def products_speed(device: str, dtype: torch.dtype) -> float:
@@ -2425,9 +2443,9 @@ class Cli(click.Group):
             raise
         except (MemoryError, RuntimeError) as error:
             need(not isinstance(error, (MemoryError, torch.OutOfMemoryError))
-                 and "DefaultCPUAllocator" not in str(error), "out of memory: in training, give "
-                 "a smaller --micro-batch (rows at once; 0 is all), then a smaller --chunk; else "
-                 "take a smaller model or sample.")
+                 and "DefaultCPUAllocator" not in str(error), "out of memory: in training, add "
+                 "--activation-checkpointing (and --resume), then give a smaller --micro-batch "
+                 "(rows at once; 0 is all) or --chunk; else take a smaller model or sample.")
             raise
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"],

@@ -1021,6 +1021,50 @@ def test_accumulation_changes_nothing():
         assert torch.allclose(gradient, results[0][1], atol=1e-7)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", [dict(), dict(model_type="gpt2", dropout=0.5)])
+def test_activation_checkpointing_changes_nothing_but_what_is_kept(kind, precision):
+    """The same losses and gradients to the bit; of a block, its input alone is kept."""
+    shape = dict(width=32, heads=2, layers=3, precision=precision, **kind)
+    ids, results = torch.randint(0, 50, (8, 16)), []
+    for recomputed in (False, True):
+        s, m, kept = settings(micro_batch=4, **shape), model(sharp=5, **shape).train(), []
+        if recomputed:
+            c.checkpoint_activations(m)
+        optimizer = c.make_optimizer(m, s)
+        torch.manual_seed(0)
+        losses = c.train_step(m, optimizer, None, ids, ids.roll(-1, 1), s, 1.0)
+        gradients = [parameter.grad.clone() for parameter in m.parameters()]
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            m(ids)
+        sizes = {x.untyped_storage().data_ptr(): x.numel() for x in kept if x.dim() == 3}
+        results.append((losses, gradients, sum(sizes.values())))
+    (losses, gradients, kept), (losses_too, gradients_too, kept_too) = results
+    assert torch.equal(losses, losses_too)
+    assert all(map(torch.equal, gradients, gradients_too))
+    assert kept_too < kept / 3
+
+
+def test_a_run_goes_on_with_activation_checkpointing(tmp_path):
+    """What memory ran out of is had again: the same weights, the same log."""
+    args = ["train", "-c", brief_config(tmp_path), "--eval-every", "3", "--save-minutes", "0"]
+    invoke(*args, "-o", tmp_path / "whole/run")
+    save = c.Journal.save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(c.Journal, "save", lambda *rest: (save(*rest), 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            CliRunner().invoke(
+                c.cli, [*map(str, args), "-o", str(tmp_path / "run/run")], catch_exceptions=False
+            )
+    done = invoke(*args, "-o", tmp_path / "run/run", "--resume", "--activation-checkpointing")
+    assert "5 steps in" in done.stderr
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "whole/run" / name).read_bytes() == (
+            tmp_path / "run/run" / name
+        ).read_bytes()
+    assert history(tmp_path / "whole/run") == history(tmp_path / "run/run")
+
+
 def test_the_student_learns_from_its_teacher_and_the_teacher_stays():
     s = settings(objective="rkl", teachers=1, alpha=0.0, lr=3e-3, beta=1.0)
     m, teacher = model(), model(sharp=6, seed=5).eval()
@@ -1595,7 +1639,8 @@ def test_memory_that_runs_out_names_the_flag(tmp_path, monkeypatch):
     ):
         monkeypatch.setattr(c, "train_step", lambda *_, error=error: (_ for _ in ()).throw(error))
         args = ["train", "-c", brief_config(tmp_path), "-o", tmp_path / "run", "--overwrite"]
-        assert "--micro-batch" in invoke(*args, code=1).stderr
+        told = invoke(*args, code=1).stderr
+        assert "--micro-batch" in told and "--activation-checkpointing" in told
     monkeypatch.setattr(c, "train_step", lambda *_: {}["a fault of ours"])
     with pytest.raises(KeyError):
         CliRunner().invoke(c.cli, [str(a) for a in args], catch_exceptions=False)
