@@ -2340,8 +2340,8 @@ def memory_of_a_run(run: Run, V: int, device: str) -> int:
                    for each in run.coaches)
     chunks = min(settings.chunk, tokens) * V * (4 + 2 * dtype.itemsize)
     kept = settings.layers * (13 * settings.width + inner) * dtype.itemsize
-    if settings.activation_checkpointing:       # one block whole, and all inputs
-        kept = kept // settings.layers + settings.layers * settings.width * dtype.itemsize
+    if settings.activation_checkpointing:       # all inputs, one block whole with its gradients
+        kept = 2 * kept // settings.layers + settings.layers * settings.width * dtype.itemsize
     return int(1.15 * (weights + tokens * kept + chunks + 3 * 10**8))     # with gaps, and torch
 
 def products_speed(device: str, dtype: torch.dtype) -> float:
