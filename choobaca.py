@@ -1617,6 +1617,14 @@ def need_same(run: Run, record: dict) -> None:
     need(old == new, f"{run.out} was begun by {old[0]} process(es) on {old[1]}, and these are "
          f"{new[0]} on {new[1]}: go on as it was begun, or choose another --out.")
 
+def need_same_as_shown(run: Run, corpus: Corpus, device: str) -> None:
+    """Error: a finished run was of other settings, text or teachers than it would be shown as."""
+    digests = describe_run(run, corpus, device)["digests"]
+    if run.settings.objective == "seqkd":
+        del digests["text"]                                 # which was drawn from its teacher
+    need_same(run, read_json(run.out / "run.json") | {"settings": asdict(run.settings),
+                                                      "digests": digests})
+
 def share_of_rows(batch: tuple[Tensor, Tensor], device: str) -> list[Tensor]:
     """Inputs and targets (B, T) of this process, on its device."""
     rank, size = rank_and_size()
@@ -2508,7 +2516,7 @@ def train_command(config: Path, out: Path | None, folders: tuple[Path, ...], res
         encode_pairs(corpus.vocabulary, pairs, check_run(run, settings.context, run in todo))
         need_free(run, resume or overwrite or dry_run or run not in todo)
     if resume and runs[-1] not in todo:
-        need_same(runs[-1], read_json(out / "run.json") | {"settings": asdict(settings)})
+        need_same_as_shown(runs[-1], corpus, device)
     say("\n".join([
         f"text      {settings.text}: {len(corpus.train):,} tokens, {len(corpus.dev):,} held out, "
         f"vocabulary {corpus.vocabulary.size:,}",

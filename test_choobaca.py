@@ -1045,6 +1045,29 @@ def test_activation_checkpointing_changes_nothing_but_what_is_kept(kind, precisi
     assert kept_too < kept / 3
 
 
+def test_a_finished_run_is_not_shown_as_one_of_another_text_or_teacher(tmp_path):
+    """--resume of it is an error then, and its scores stay."""
+    config, out = brief_config(tmp_path), tmp_path / "runs/x"
+    other = tmp_path / "text"
+    shutil.copytree(TINY, other, ignore=shutil.ignore_patterns("blimp"))
+    text = (other / "train.txt").read_text()
+    (other / "train.txt").write_text(text[: len(text) // 2])
+    invoke("train", "-c", config, "-o", out)
+    scores = {path: path.read_bytes() for path in out.glob("blimp-*")}
+    told = invoke("train", "-c", config, "-o", out, "--resume", "--text", other, code=1).stderr
+    assert "the digest of text" in told
+    invoke("train", "-c", config, "-o", out, "--resume")
+    assert scores and all(path.read_bytes() == kept for path, kept in scores.items())
+    args = ["train", "-c", config, "--objective", "rkl", "-o", tmp_path / "runs/y"]
+    a, b = tmp_path / "runs/a", tmp_path / "runs/b"
+    for seed, folder in enumerate((a, b)):
+        invoke("train", "-c", config, "--seed", seed, "-o", folder)
+    invoke(*args, "--teacher", a)
+    told = invoke(*args, "--teacher", b, "--resume", code=1).stderr
+    assert "the digest of teachers" in told
+    invoke(*args, "--teacher", a, "--resume")
+
+
 def test_a_run_goes_on_with_activation_checkpointing(tmp_path):
     """What memory ran out of is had again: the same weights, the same log."""
     args = ["train", "-c", brief_config(tmp_path), "--eval-every", "3", "--save-minutes", "0"]
