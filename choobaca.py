@@ -46,6 +46,7 @@ import dataclasses
 import datetime
 import difflib
 import functools
+import gc
 import hashlib
 import http.client
 import html
@@ -132,7 +133,7 @@ def naming(path: Path | str):
 def written_whole(path: Path):
     """A binary file to write to; `path` appears when it is complete and on the disk, or never."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")       # each writer has its own
     try:
         with naming(path):
             with open(partial, "wb") as file:
@@ -1600,7 +1601,7 @@ def load_state(path: Path, steps: int, progress: Progress) -> tuple[int, float]:
     return step, seconds
 
 def need_same(run: Run, record: dict) -> None:
-    """Error: an interrupted run was begun otherwise than run.json would have it now."""
+    """Error: a run was begun otherwise than run.json would have it now."""
     before, free = read_json(run.out / "run.json"), {"save_minutes", "activation_checkpointing"} | {
         field.name for field in fields(Settings) if field.metadata["path"]}
     for group, what, free in (("settings", "--{}", free),
@@ -1652,6 +1653,9 @@ def starting_point(run: Run, record: dict, resume: bool, steps: int,
     found = load_state(state, steps, progress) if resume and state.exists() else (0, 0.0)
     need(first_says(found[0], progress.model.head.device) == found[0], f"{run.out} is another "
          "folder for some of the processes: expected one that they share.")
+    if rank_and_size()[0] == 0:
+        for left in run.out.glob("*.partial"):              # by a process that was killed
+            left.unlink()
     if found[0] == rank_and_size()[0] == 0:
         state.unlink(missing_ok=True)
         (run.out / "model.safetensors").unlink(missing_ok=True)
@@ -1659,16 +1663,17 @@ def starting_point(run: Run, record: dict, resume: bool, steps: int,
     return found
 
 def finish(run: Run, model: Model, vocabulary: Vocabulary) -> None:
-    """Save the weights, and remove the checkpoints, of which a killed run may leave two."""
+    """Save the weights, and remove the checkpoint."""
     save_model(run.out, model, vocabulary)
-    for name in ("state.pt", "state.pt.partial"):
-        (run.out / name).unlink(missing_ok=True)
+    (run.out / "state.pt").unlink(missing_ok=True)
 
-def compile_models(models: list[Model], settings: Settings, device: str) -> None:
-    """Compile a run's models, where it pays: a step on a GPU is bound by its many launches."""
+def prepare(model: Model, coach: Coach | None, settings: Settings, device: str) -> None:
+    """How passes are carried out; on a GPU compiled, for a step is bound by its many launches."""
+    if settings.activation_checkpointing:
+        checkpoint_activations(model)
     if settings.compile and device == "cuda":
-        for model in models:
-            model.compile()
+        for each in (model, *(coach.teachers if coach else ())):
+            each.compile()
 
 def fit(run: Run, corpus: Corpus, device: str, resume: bool = False) -> tuple[int, float]:
     """Train a run; its folder has the log from the first step, and the weights at the end. Returns
@@ -1679,14 +1684,13 @@ def fit(run: Run, corpus: Corpus, device: str, resume: bool = False) -> tuple[in
     a checkpoint ends where it would have ended."""
     settings, (rank, size), dtype = run.settings, rank_and_size(), step_dtype(run.settings, device)
     steps, per_epoch = count_steps(len(corpus.train), settings)
+    gc.collect()            # a checkpointed teacher's blocks refer to themselves, and would stay
     model = new_model(settings, corpus.vocabulary.size, settings.seed).to(device).train()
     progress = Progress(model, make_optimizer(model, settings),
                         torch.amp.GradScaler(device, enabled=dtype == torch.float16))
     coach = Coach([load_model(each.out, device)[0] for each in run.coaches],
                   PRECISIONS.get(settings.teacher_precision, dtype)) if run.coaches else None
-    if settings.activation_checkpointing:
-        checkpoint_activations(model)
-    compile_models([model, *(coach.teachers if coach else ())], settings, device)
+    prepare(model, coach, settings, device)
     first, spent = starting_point(run, describe_run(run, corpus, device), resume, steps, progress)
     with signals_kept() as signals, Journal(run, progress.scaler, first, steps, spent) as journal:
         saved, number = time.monotonic(), 0
@@ -3275,8 +3279,8 @@ def sample_command(run: Path, prompt: str, tokens: int, temperature: float, top_
                          if i in range(len(model.head)))]
     first = f" {prompt}" if prompt else ""
     first = [prefix_id, *tokenizer.encode(first, add_special_tokens=False).ids]
-    room = model.config.positions - len(first)
-    need(room > 0, f"--prompt has {len(first):,} tokens with the prefix: expected fewer than the "
+    room = model.config.positions - len(first) + 1      # the last to be drawn needs no position
+    need(room > 0, f"--prompt has {len(first):,} tokens with the prefix: expected at most the "
          f"model's {model.config.positions:,} positions.")
     generator = torch.Generator(model.head.device).manual_seed(seed)
     for _ in range(count):

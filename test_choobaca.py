@@ -34,6 +34,7 @@ import threading
 import time
 import urllib.request
 import warnings
+import weakref
 import zipfile
 from pathlib import Path
 from xml.etree import ElementTree
@@ -1068,6 +1069,35 @@ def test_a_finished_run_is_not_shown_as_one_of_another_text_or_teacher(tmp_path)
     invoke(*args, "--teacher", a, "--resume")
 
 
+def test_a_checkpointed_teacher_is_not_kept_in_memory(tmp_path, monkeypatch):
+    made, new = [], c.new_model
+
+    def watched(*rest):
+        left.append([block for block in made if block() is not None])
+        model = new(*rest)
+        made.extend(weakref.ref(block) for block in model.layers)
+        return model
+
+    left = []
+    monkeypatch.setattr(c, "new_model", watched)
+    args = ["--objective", "rkl", "--teachers", "1", "--activation-checkpointing"]
+    invoke("train", "-c", brief_config(tmp_path), "-o", tmp_path / "run", *args)
+    assert len(made) >= 2 and left == [[], []]
+
+
+def test_two_writers_of_one_file_do_not_mix(tmp_path):
+    """A process that writes what another one is writing leaves one of the two, whole."""
+    path, code = tmp_path / "file", "import sys, choobaca, pathlib\n"
+    code += "with choobaca.written_whole(pathlib.Path(sys.argv[1])) as f: f.write(b'B' * 9)"
+    with c.written_whole(path) as file:
+        file.write(b"A" * 5)
+        file.flush()
+        subprocess.run([sys.executable, "-c", code, path], cwd=HOME, check=True)
+        assert path.read_bytes() == b"B" * 9
+        file.write(b"A" * 5)
+    assert path.read_bytes() == b"A" * 10 and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_run_goes_on_with_activation_checkpointing(tmp_path):
     """What memory ran out of is had again: the same weights, the same log."""
     args = ["train", "-c", brief_config(tmp_path), "--eval-every", "3", "--save-minutes", "0"]
@@ -1416,7 +1446,7 @@ while True:
         os.kill(pid, signal.SIGKILL)
         kills += 1
     status = os.waitpid(pid, 0)[1]
-    writing += os.WIFSIGNALED(status) and bool(glob.glob(files + "state.pt.partial"))
+    writing += os.WIFSIGNALED(status) and bool(glob.glob(files + "state.pt.*partial"))
     if not os.WIFSIGNALED(status):
         break
 print(status, kills, writing)
@@ -1647,7 +1677,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
         assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
         assert name in done.stderr and "room on the disk" in done.stderr, done.stderr
         assert (out / "state.pt").read_bytes() == before
-        assert not (out / "state.pt.partial").exists()
+        assert not list(out.glob("*.partial"))
     invoke(*args, "--resume")
     assert history(out) == history(tmp_path / "whole")
     names = (out / "model.safetensors", tmp_path / "whole/model.safetensors")
