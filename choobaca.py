@@ -2333,13 +2333,6 @@ def idle_flags(settings: Settings, flags: dict) -> list[str]:
     return ["--" + name.replace("_", "-") for name in sorted(constants - own)
             if flags[name] is not None]
 
-def flops_of_a_token(config: ModelSettings, V: int, T: int) -> int:
-    """Of a forward pass: 2 for each weight of a product, and 4 C T a layer in attention; backward
-    takes twice as many (the convention of PaLM, Chowdhery et al. 2022, appendix B)."""
-    looked_up = V * (not config.tied) + config.positions * (config.model_type == "gpt2")
-    weights = count_parameters(empty_model(config, V)) - looked_up * config.width
-    return 2 * weights + 4 * config.layers * config.width * T
-
 def memory_of_a_run(run: Run, V: int, device: str) -> int:
     """Bytes, roughly, at the peak of training: 4 for weight, gradient and each of two moments; the
     teachers' weights; what the backward pass needs of each token; the loss's chunks."""
@@ -2356,49 +2349,23 @@ def memory_of_a_run(run: Run, V: int, device: str) -> int:
         kept = 2 * kept // settings.layers + settings.layers * settings.width * dtype.itemsize
     return int(1.15 * (weights + tokens * kept + chunks + 3 * 10**8))     # with gaps, and torch
 
-def products_speed(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of large products, the best of four."""
-    n, seconds = 8192 if device == "cuda" else 2048, []
-    a = torch.ones(n, n, device=device, dtype=dtype)
-    with tf32():
-        for _ in range(4):
-            begin = time.perf_counter()
-            (a @ a)[0, 0].item()
-            seconds.append(time.perf_counter() - begin)
-    return 2 * n**3 / min(seconds)
-
-def cost_of_a_step(run: Run, V: int, device: str) -> tuple[int, float]:
-    """FLOPs of a model's forward and backward pass and of its teachers' forward passes; and the
-    seconds that they take here at least, as large products of their dtypes, shared evenly."""
-    settings, T, dtype = run.settings, run.settings.context, step_dtype(run.settings, device)
-    own, *taught = (settings.batch_size * T * flops_of_a_token(each.shape, V, T)
-                    for each in (run, *run.coaches))
-    seconds = 3 * own / products_speed(device, dtype)
-    if taught:
-        dtype = PRECISIONS.get(settings.teacher_precision, dtype)
-        seconds += sum(taught) / products_speed(device, dtype)
-    return 3 * own + sum(taught), seconds / rank_and_size()[1]
-
 def describe_plan(run: Run, corpus: Corpus, device: str) -> str:
-    """What will be trained: size, loss, steps, tokens, and what that will at least cost here."""
+    """What will be trained: size, loss, steps, tokens and memory."""
     settings, (steps, per_epoch) = run.settings, count_steps(len(corpus.train), run.settings)
     V = corpus.vocabulary.size
-    size, (_, seconds) = count_parameters(empty_model(settings, V)), cost_of_a_step(run, V, device)
+    size = count_parameters(empty_model(settings, V))
     return (f"{run.name:<9} {run.out}: {settings.model_type}, {size:,} parameters, "
             f"{describe_loss(settings)}, {steps:,} steps of "
             f"{settings.batch_size * settings.context:,} tokens, {steps / per_epoch:.1f} epochs; "
-            f"about {memory_of_a_run(run, V, device) / 1e9:.1f} GB, at least "
-            f"{clock(steps * seconds)}")
+            f"about {memory_of_a_run(run, V, device) / 1e9:.1f} GB")
 
-def describe_cost(run: Run, V: int, steps: int, seconds: float, device: str) -> str:
-    """What training a run has cost: time, speed, and how near that is to bare products here."""
-    flops, least = cost_of_a_step(run, V, device)
+def describe_cost(run: Run, steps: int, seconds: float, device: str) -> str:
+    """What training a run has cost: time, speed, memory."""
     tokens = run.settings.batch_size * run.settings.context
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else resource and 1024 ** (
         sys.platform != "darwin") * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return (f"{run.name}: {steps:,} steps in {clock(seconds)}, "
-            f"{steps * tokens / seconds:,.0f} tokens/s, {steps * flops / seconds / 1e12:.2g} "
-            f"TFLOP/s or {steps * least / seconds:.0%} of what large products reach"
+            f"{steps * tokens / seconds:,.0f} tokens/s"
             + f", {(peak or 0) / 1e9:.2f} GB at the peak" * bool(peak))
 
 def print_results(runs: list[Run], corpus: Corpus, pairs: list[Pair], device: str) -> None:
@@ -2537,7 +2504,7 @@ def train_command(config: Path, out: Path | None, folders: tuple[Path, ...], res
             if first_says(done, device):                # by another command, meanwhile
                 continue
             steps, seconds = fit(run, corpus, device, resume)
-        say(describe_cost(run, corpus.vocabulary.size, steps, seconds, device))
+        say(describe_cost(run, steps, seconds, device))
     if not dry_run and rank_and_size()[0] == 0:
         print_results(runs, corpus, pairs, device)
 

@@ -48,7 +48,6 @@ import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 HOME = Path(__file__).resolve().parent
 TINY = HOME / "data/tiny"
@@ -3438,18 +3437,6 @@ def test_the_files_bars():
     assert top - set(sys.stdlib_module_names) == {"click", "numpy", "torch", "tokenizers", "tqdm"}
 
 
-@pytest.mark.parametrize("options", [{}, {"model_type": "gpt2", "tied": True}])
-def test_the_flops_of_a_token_are_what_torch_counts(options):
-    """Head included; T of 32, so that attention has its part in the sum."""
-    settings, V, T = c.ModelSettings(width=64, layers=3, heads=4, inner=96, **options), 160, 32
-    model, counter = c.new_model(settings, V, 0), FlopCounterMode(display=False)
-    plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
-    with plain, counter, torch.no_grad():                   # the CPU's own attention is not counted
-        model.hidden(torch.zeros(2, T, dtype=torch.long)) @ model.head.T
-    told = 2 * T * c.flops_of_a_token(settings, V, T)       # with vectors, which torch leaves out
-    assert counter.get_total_flops() == pytest.approx(told, rel=0.025)
-
-
 def test_every_setting_is_read_somewhere():
     read = {
         n.attr
@@ -3504,7 +3491,7 @@ def test_the_readmes_commands_run(command, default_run, tmp_path, monkeypatch):
         args[place] = HOME / args[place]
         args += ["--text", TINY, "--dev", TINY, "--pairs", TINY / "blimp", "--vocab-size", "300"]
         args += ["--context", "64"] * ("--teacher" in args)
-        assert "GB, at least" in invoke(verb, *args, "--dry-run").stdout
+        assert " GB" in invoke(verb, *args, "--dry-run").stdout
     elif verb == "train":
         assert "mean of 20" in invoke(verb, *args, *small, "--out", "runs/new").stdout
     elif verb == "download":
