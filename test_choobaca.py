@@ -1,17 +1,14 @@
 """The tests of choobaca.py, in the order of its sections: python -m pytest -q
 
 Every fast version is held against the literal definition, in float64 where that matters. Tests that
-compare with Hugging Face's transformers are skipped where it is not installed.
+compare with Hugging Face's transformers are skipped where it is not installed. The benchmark of the
+loss is here as well: python test_choobaca.py bench
 """
-
 import _thread
 import ast
-import contextlib
 import dataclasses
 import functools
 import hashlib
-import http.server
-import html
 import importlib.util
 import io
 import itertools
@@ -26,18 +23,19 @@ import shlex
 import shutil
 import signal
 import socket
+import socketserver
 import subprocess
 import sys
 import tarfile
-import textwrap
 import threading
 import time
 import urllib.request
-import warnings
-import weakref
 import zipfile
 from pathlib import Path
 from xml.etree import ElementTree
+
+# One thread: as fast for such small models, and not 5 times slower beside another busy process.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import choobaca as c
 import click
@@ -52,15 +50,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 HOME = Path(__file__).resolve().parent
 TINY = HOME / "data/tiny"
 SMALL = dict(width=32, layers=2, heads=2, inner=48, positions=32, context=16, batch_size=8)
-# A run of seconds: small models, few steps, few pairs.
-BRIEF = ["--width", "32", "--layers", "1", "--inner", "32", "--steps", "6", "--sample", "40"]
 
-
-def settings(**changes) -> c.Settings:
+def settings(**changes):
     return c.Settings(**{**SMALL, **changes})
 
-
-def model(V: int = 50, seed: int = 0, sharp: float = 1.0, **changes):
+def model(V=50, seed=0, sharp=1.0, **changes):
     """A small model; `sharp` scales its matrices, so that its logits are far from equal."""
     made = c.new_model(settings(**changes), V, seed)
     with torch.no_grad():
@@ -68,16 +62,24 @@ def model(V: int = 50, seed: int = 0, sharp: float = 1.0, **changes):
             parameter.mul_(sharp if parameter.dim() > 1 else 1.0)
     return made
 
+def logits(m, ids):
+    return m.hidden(ids) @ m.head.T
 
-def invoke(*args: str, code: int = 0):
+def invoke(*args, code=0):
     """The result of a command, checked to have ended with the exit code and no traceback."""
     result = CliRunner().invoke(c.cli, [str(arg) for arg in args])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     assert result.exit_code == code, result.output
     return result
 
+def script(name):
+    """A script of data/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, HOME / f"data/{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
-def brief_config(folder: Path, extra: str = "", teachers: str = "") -> Path:
+def brief_config(folder, extra="", teachers=""):
     """A TOML file of a run of seconds, with two teachers."""
     path = folder / "brief.toml"
     path.write_text(f"""
@@ -109,3468 +111,2102 @@ def brief_config(folder: Path, extra: str = "", teachers: str = "") -> Path:
         """)
     return path
 
-
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> c.Corpus:
+def corpus(tmp_path_factory):
     return c.read_corpus(settings(vocab_size=400), tmp_path_factory.mktemp("cache"))
 
-
 @pytest.fixture(scope="module")
-def vocabulary(corpus) -> c.Vocabulary:
+def vocabulary(corpus):
     return corpus.vocabulary
 
+@pytest.fixture
+def saved(tmp_path, vocabulary):
+    """A model's folder."""
+    c.save_model(tmp_path / "model", model(V=vocabulary.size), vocabulary)
+    return tmp_path / "model"
 
 @pytest.fixture(scope="session")
-def default_run(tmp_path_factory) -> Path:
+def default_run(tmp_path_factory):
     """The folder in which the README's first command was run, with its output in out.txt."""
     folder = tmp_path_factory.mktemp("default")
-    done = subprocess.run(
-        [sys.executable, HOME / "choobaca.py", "train", "--objective", "rkl", "--teachers", "1"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, HOME / "choobaca.py", "train", "--objective", "rkl"]
+    done = subprocess.run([*command, "--teachers", "1"], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     (folder / "out.txt").write_text(done.stdout)
     return folder
 
+# -----------------------------------------------------------------------------
+# 1. The idea
+
+LESSON = (HOME / "choobaca.py").read_text().split("Here the lesson ends")[0]
+
+def numbers(text):
+    return [float(x) if "." in x else int(x) for x in re.findall(r"-?\d*\.?\d+", text)]
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double()
+
+def some_ids(*shape, V=50):
+    return torch.randint(V, shape, generator=torch.Generator().manual_seed(0))
+
+def alike(found, wanted, tolerance=1e-10):
+    return all(torch.allclose(a, b, tolerance, tolerance) for a, b in zip(found, wanted))
+
+def loss_inputs(dtype=torch.float64, N=23, C=8, C_=12, V=57):
+    """hidden, head, targets, the teacher's hidden and head."""
+    hidden, t_hidden, head, t_head = (randn(*shape, seed=seed).to(dtype) for seed, shape in
+                                      enumerate([(N, C), (N, C_), (V, C), (V, C_)]))
+    return [hidden.requires_grad_(), head.requires_grad_(), some_ids(N, V=V), t_hidden, t_head]
+
+def fused(inputs, beta=1.0, chunk=8, **changes):
+    """The loss, its gradients for hidden and head, and its two parts."""
+    s = settings(**{"teachers": 1, "objective": "rkl", **changes})
+    loss, parts = c.FusedLoss.apply(*inputs, s, beta, chunk)
+    return loss, *torch.autograd.grad(loss, inputs[:2]), parts
+
+BATCH = some_ids(8, 16), some_ids(8, 16).roll(-1, 1)
+
+def step_of(m, coach=None, *how, **changes):
+    """A step of training, at beta = 1 if nothing else is said: loss, its parts, gradient's norm."""
+    s = settings(**{"teachers": 1, "objective": "rkl" if coach else "ce", **changes})
+    return c.train_step(m, c.make_optimizer(m, s), coach, *BATCH, s, *(how or [1.0]))
+
+@pytest.mark.parametrize("tau, alpha", [(2.0, 0.5), (1.0, 0.2), (4.0, 0.9), (2.0, 0.0), (2.0, 1.0)])
+def test_the_lesson_in_five_lines_is_the_fused_loss(tau, alpha):
+    """With its gradients; the one for the logits also as it is written out by hand."""
+    hidden, head, targets, t_hidden, t_head = inputs = loss_inputs()
+    z, w = hidden @ head.T, t_hidden @ t_head.T
+    loss = c.plain_loss(z, w, targets, tau, alpha)
+    slope, *wanted = torch.autograd.grad(loss, (z, hidden, head))
+    assert alike(c.gradient_of_logits(z, w, targets, tau, alpha), slope)
+    assert alike(fused(inputs, temperature=tau, alpha=alpha), [loss, *wanted])
+
+def test_distil_in_short_trains_a_student_by_the_gradient_of_train_step():
+    student, same, teacher = model(), model(), model(sharp=6, seed=5).eval()
+    c.distil_in_short(student, teacher, [BATCH])
+    first = step_of(same, c.Coach([teacher]), clip=0.0)
+    for p, q in zip(student.parameters(), same.parameters()):
+        assert (p.grad - q.grad).norm() < 1e-4 * q.grad.norm()
+    c.distil_in_short(student, teacher, [BATCH] * 60)
+    assert step_of(student, c.Coach([teacher]))[0] < 0.6 * first[0]
 
 # -----------------------------------------------------------------------------
-# 1. Text to tokens
+# 2. Text to ids to batches
 
-
-def test_any_text_survives_the_tokenizer(vocabulary):
+def test_tokenizer_training_is_repeatable_and_any_text_survives(tmp_path):
+    for name in "ab":
+        c.save_tokenizer(tmp_path / name, c.train_tokenizer(c.read_text(TINY, r"train\.txt"), 500))
+    a, b = ((tmp_path / name / "tokenizer.json").read_bytes() for name in "ab")
+    tokenizer, prefix_id, _ = loaded = c.load_vocabulary(tmp_path / "a")
+    assert a == b and loaded.size == 500 and prefix_id == 1
+    assert [tokenizer.token_to_id(token) for token in ("<pad>", "<s>", "</s>")] == [0, 1, 2]
     text = " Tom’s naïve 🐈 said: \t£5!"
-    ids = vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
-    assert vocabulary.tokenizer.decode(ids) == text
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids) == text
+    assert c.train_tokenizer(["ab cd"], 300).get_vocab_size() == 3 + 256    # each pair occurs once
 
-
-def test_tokenizer_training_is_repeatable(tmp_path):
-    documents = c.read_documents(TINY, r"train\.txt")
-    for name in ("a", "b"):
-        c.train_tokenizer(tmp_path / name, documents, 500)
-    assert (tmp_path / "a/tokenizer.json").read_bytes() == (
-        tmp_path / "b/tokenizer.json"
-    ).read_bytes()
-    loaded = c.load_vocabulary(tmp_path / "a")
-    assert loaded.size == 500 and loaded.prefix_id == 1 == loaded.tokenizer.token_to_id("<s>")
-    assert [loaded.tokenizer.token_to_id(token) for token in ("<pad>", "</s>")] == [0, 2]
-
-
-@pytest.mark.parametrize(
-    "prefix, expected",
-    [
-        ("line", ["<s>", " A dog.", "<s>", " It ran."]),
-        ("document", ["<s>", " A dog.", "\n", " It ran.", "\n"]),
-    ],
-)
-def test_prefix_setting(vocabulary, prefix, expected):
-    ids, tokenizer = (
-        c.encode(vocabulary, [["A dog.", "It ran."]], prefix, np.uint16),
-        vocabulary.tokenizer,
-    )
-    pieces = [
-        [1]
-        if text == "<s>"
-        else tokenizer.encode("\n").ids[-1:]
-        if text == "\n"
-        else tokenizer.encode(text).ids
-        for text in expected
-    ]
-    assert ids.tolist() == [i for piece in pieces for i in piece]
-
-
-def test_without_a_prefix_the_ids_are_babyllamas(vocabulary):
-    """Those of the whole text at once, in which no line but the first begins with a space."""
+@pytest.mark.parametrize("prefix", ["line", "none"])
+def test_encoding_is_as_its_docstring_shows(vocabulary, prefix):
+    """"none" is BabyLlama's, of the whole text at once; a special token in the text is text."""
+    exact = tokenizers.Tokenizer.from_str(vocabulary.tokenizer.to_str())    # adds no space
+    exact.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    wanted = []
+    for piece in re.findall(r'<s>|".*?"', re.search(rf"{prefix} +<?.*", c.encode.__doc__)[0]):
+        text = "" if piece == "<s>" else ast.literal_eval(piece)
+        wanted += exact.encode(text, add_special_tokens=False).ids or [1]
     text = "A dog.\nIt ran, didn't it?\n«No!»\n"
-    whole = tokenizers.Tokenizer.from_str(vocabulary.tokenizer.to_str())
-    whole.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    ids = c.encode(vocabulary, [text.splitlines()], "none", np.uint16)
-    assert ids.tolist() == whole.encode(text, add_special_tokens=False).ids
-    assert ids.tolist() != vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
+    shown, odd, full = (c.encode(vocabulary, lines, prefix, np.uint16).tolist() for lines in
+                        (["A dog.", "It ran."], ["a <s> b"], text.splitlines()))
+    assert shown == wanted and odd.count(1) == (prefix == "line")
+    assert (full == exact.encode(text, add_special_tokens=False).ids) == (prefix == "none")
 
+def test_ids_are_made_again_when_anything_changed(tmp_path, vocabulary):
+    def ids(text, key):
+        return c.encode_once(path, vocabulary, [text], "line", {"text": key})
 
-@pytest.mark.parametrize(
-    "name, before, after",
-    [
-        ("childes.train", "*MOT:\tthere  it is .", "*MOT: there it is."),
-        ("aochildes.dev", "well\xa0, no !", "well, no!"),
-        ("cbt.train", "the dog 's bone ; he did n't", "the dog's bone; he did n't"),
-        ("open_subtitles.train", "Run!\nSUBTITLES by x\nGo.", "Run!\nGo."),
-        ("wikipedia.train", "= = = A town = = =\nIt is .", "A townIt is ."),
-        ("qed.train", "MY DOG lS HERE. (HE) RUNS!", "My dog is here. (he) runs!"),
-        ("qed.train", "(Tom) All's well.", "(Tom) All's well."),
-        ("qed.train", "(...)", "(...)"),
-        ("gutenberg.train", "a  b ,", "a  b ,"),
-    ],
-)
-def test_cleaning_by_domain(tmp_path, name, before, after):
-    (tmp_path / name).write_text(before + "\n")
-    assert c.read_lines(tmp_path / name) == before.split("\n")
-    assert c.read_lines(tmp_path / name, clean=True) == after.split("\n")
-    documents = c.read_documents(tmp_path, ".*", clean=True)
-    assert documents == [after.split("\n")]
+    path = tmp_path / "x.ids"
+    first = ids("A dog.", "1")
+    assert first.dtype == np.uint16 and (ids("not looked at", "1") == first).all()
+    assert len(ids("Two dogs.", "2")) != len(first)
+    full = path.read_bytes()
+    for damaged in (full[:-1], full[:99], b"", full + b"ab", full[:-1] + b"\7", b"x" * len(full)):
+        path.write_bytes(damaged)
+        ids("Two dogs.", "2")
+        assert path.read_bytes() == full
 
-
-def test_a_special_token_in_the_text_is_text(vocabulary):
-    assert 1 not in vocabulary.tokenizer.encode("a <s> b", add_special_tokens=False).ids
-
-
-def test_another_prefix_token_makes_other_ids(tmp_path, vocabulary):
-    text, folder = tmp_path / "text", tmp_path / "tokenizer"
-    text.mkdir(), folder.mkdir()
-    (text / "a.txt").write_text("A dog.")
-    (folder / "tokenizer.json").write_bytes(vocabulary.files["tokenizer.json"])
-    for token, first in (("<s>", 1), ("</s>", 2)):
-        (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": token}))
-        read = c.read_corpus(settings(text=str(text), tokenizer=str(folder)), tmp_path / "cache")
-        assert read.train[0] == first
-
-
-def test_documents_are_sorted_and_the_held_out_text_is_not_read_twice(tmp_path):
-    for name in ("b.train", "a.txt", "dev.txt", "c.dev", "notes.md"):
-        (tmp_path / name).write_text(f"{name}\n\n  indented \r\n")
+def test_text_is_sorted_and_what_is_held_out_is_not_read_twice(tmp_path):
+    os.mkfifo(tmp_path / "pipe.train")
+    for name in ("b.train", "a.txt", "dev.txt", "c.dev", "notes.md", "._a.train"):
+        (tmp_path / name).write_text(f"\ufeff{name}\n\n  indented \r\n", encoding="utf-8")
     read = c.read_corpus(settings(text=str(tmp_path), vocab_size=300), tmp_path / "cache")
     texts = [read.vocabulary.tokenizer.decode(part.tolist()) for part in (read.train, read.dev)]
     assert texts == [" a.txt indented b.train indented", " c.dev indented dev.txt indented"]
 
-
-def test_ids_are_made_again_when_anything_changed(tmp_path, vocabulary):
-    def ids(text, facts, path=tmp_path / "x.ids"):
-        return c.encode_once(path, vocabulary, [[text]], "line", facts)
-
-    first = ids("A dog.", {"text": "1"})
-    assert first.dtype == np.uint16
-    before = (tmp_path / "x.ids").stat().st_mtime_ns
-    assert ids("not looked at", {"text": "1"}).tolist() == first.tolist()
-    assert (tmp_path / "x.ids").stat().st_mtime_ns == before
-    assert ids("Two dogs.", {"text": "2"}).tolist() != first.tolist()
-    whole = (tmp_path / "x.ids").read_bytes()
-    for damaged in (whole[:-2], whole[:-1], whole[:100], b"", whole + b"ab", b"x" * len(whole)):
-        (tmp_path / "x.ids").write_bytes(damaged)
-        ids("Two dogs.", {"text": "2"})
-        assert (tmp_path / "x.ids").read_bytes() == whole
-    flipped = bytes([*whole[:-1], whole[-1] ^ 1])
-    (tmp_path / "x.ids").write_bytes(flipped)
-    ids("Two dogs.", {"text": "2"})
-    assert (tmp_path / "x.ids").read_bytes() == whole
-    assert json.loads(whole[: c.HEADER])["text"] == "2"
-
-
-# -----------------------------------------------------------------------------
-# 2. Tokens to batches
-
-
 @pytest.mark.parametrize("offset", [False, True])
 def test_an_epoch_reads_every_row_once(offset):
-    s, ids = settings(random_offset=offset), np.arange(16 * 50 + 5, dtype=np.uint16)
+    s, ids = settings(random_offset=offset), np.arange(16 * 51, dtype=np.uint16)
     rows = c.count_rows(len(ids), s)
-    starts = np.concatenate([c.batch_at(step, ids, s)[0][:, 0] for step in range(rows // 8)])
-    assert len(set(starts // 16)) >= len(starts) * (0.6 if offset else 1)
     order = c.row_starts(rows, s, 0)
-    assert (
-        sorted(order // 16 * 16) == sorted(order) if not offset else (order + 17 <= len(ids)).all()
-    )
+    starts = torch.cat([c.batch_at(step, ids, s)[0][:, 0] for step in range(6)]).numpy()
+    assert (starts == order[:48]).all() and len(set(starts // 16)) >= 0.6 * 48
+    assert max(order) + 17 <= len(ids) and (offset or sorted(order) == [*range(0, 800, 16)])
     assert (c.row_starts(rows, s, 1) != order).any()
-
 
 def test_a_batch_depends_on_seed_and_step_alone():
     ids, s = np.arange(5000, dtype=np.uint16), settings()
-    wanted = c.batch_at(70, ids, s)
-    for step in (3, 70, 0):
-        inputs, targets = c.batch_at(step, ids, s)
-    assert all(torch.equal(a, b) for a, b in zip(c.batch_at(70, ids, s), wanted))
-    assert torch.equal(inputs + 1, targets) and inputs.shape == (8, 16)
-    assert not torch.equal(c.batch_at(70, ids, settings(seed=1))[0], wanted[0])
-
+    wanted, _, again, _ = (torch.cat(c.batch_at(step, ids, s), 1) for step in (70, 3, 70, 0))
+    assert torch.equal(wanted, again) and wanted.shape == (8, 32)
+    assert torch.equal(wanted[:, :16] + 1, wanted[:, 16:])
+    assert not torch.equal(c.batch_at(70, ids, settings(seed=1))[0], wanted[:, :16])
+    T, start, *shown = numbers(c.windows.__doc__.split("...,")[1])
+    assert torch.cat(c.windows(ids, np.array([start]), T), 1).tolist() == [shown]
 
 # -----------------------------------------------------------------------------
 # 3. Models
 
-KINDS = [
-    dict(),
-    dict(tied=True),
-    dict(kv_heads=1, rope_theta=500.0),
-    dict(model_type="gpt2"),
-    dict(model_type="gpt2", tied=True),
-]
+every_kind = pytest.mark.parametrize("kind", [
+    dict(), dict(tied=True), dict(kv_heads=1, rope_theta=500.0), dict(model_type="gpt2"),
+    dict(model_type="gpt2", tied=True)])
 
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_no_position_sees_what_comes_later(kind):
-    m, ids = model(sharp=5, **kind).eval(), torch.randint(0, 50, (2, 16))
-    changed = ids.clone()
-    changed[:, 9:] = (changed[:, 9:] + 1) % 50
-    before, after = m.hidden(ids), m.hidden(changed)
-    assert torch.allclose(before[:, :9], after[:, :9], atol=1e-6)
-    assert not torch.allclose(before[:, 9:], after[:, 9:], atol=1e-3)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_cache_changes_nothing(kind):
-    """Hidden states token by token, each after what is kept of those before, are those at once."""
-    m, ids = model(sharp=5, **kind).eval(), torch.randint(0, 50, (3, 16))
-    cache = [[] for _ in range(m.config.layers)]
+@every_kind
+def test_a_position_sees_those_before_it_from_a_cache_or_not(kind):
+    m, ids, cache = model(sharp=5, **kind).eval(), some_ids(3, 16), [[], []]
+    before = m.hidden(ids)
+    after = m.hidden(torch.cat([ids[:, :9], (ids[:, 9:] + 1) % 50], 1))
+    assert alike(before[:, :9], after[:, :9], 1e-6) and not alike(before[:, 9:], after[:, 9:], 1e-3)
     parts = [m.hidden(part, cache) for part in (ids[:, :5], *ids[:, 5:].split(1, 1))]
-    assert torch.allclose(torch.cat(parts, 1), m.hidden(ids), atol=1e-5)
+    assert alike(torch.cat(parts, 1), before, 1e-5)
 
+@every_kind
+def test_plain_attention_is_the_librarys_wherever_the_models_call_it(kind, monkeypatch):
+    """In training, after a cache, under a tree's mask; with heads that share keys and values."""
+    library, uses = F.scaled_dot_product_attention, []
+
+    def compared(q, k, v, mask, is_causal, **rest):
+        uses.append((is_causal, mask is not None))
+        repeated = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        sees = torch.ones(q.shape[2], k.shape[2]).tril(0 if is_causal else 99).bool()
+        found = c.plain_attention(q, *repeated, sees if mask is None else mask)
+        assert alike(found, library(q, k, v, mask, is_causal=is_causal, **rest), 1e-6)
+        return found
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", compared)
+    m, ids, cache = model(sharp=5, layers=1, **kind), some_ids(2, 9), [[]]
+    m.hidden(ids, cache)
+    m.hidden(ids[:, :1], cache)
+    sees = torch.eye(9).bool() | (randn(2, 1, 9, 9) > 0)
+    m.hidden(ids, tree=c.Tree(some_ids(2, 9, V=9), sees))
+    assert uses == [(True, False), (False, False), (False, True)]
 
 def test_rotary_products_depend_on_distance_alone():
-    cos, sin = c.rotary_angles(20, 8, 10_000.0, "cpu")
-    q, k = (c.rotate(torch.randn(8).expand(1, 1, 20, 8), cos, sin)[0, 0] for _ in range(2))
-    products = q @ k.T
+    angles = c.rotary_angles(20, 8, 10_000.0, "cpu")
+    q, k = (c.rotate(x.expand(1, 1, 20, 8), *angles)[0, 0] for x in randn(2, 8).float())
     for distance in range(-5, 6):
-        line = products.diagonal(distance)
-        assert torch.allclose(line, line[0].expand_as(line), atol=1e-5)
-
+        assert (q @ k.T).diagonal(distance).std() < 1e-5
 
 def test_the_papers_sizes():
     """58M, 360M and 705M, to the digit, by formula and as built."""
     V, C, L, I = 16_000, 512, 16, 1024
-    student = c.empty_model(c.ModelSettings(), V)
-    assert (
-        c.count_parameters(student)
-        == 2 * V * C + L * (4 * C * C + 3 * C * I + 2 * C) + C
-        == 58_343_936
-    )
-    llama = c.ModelSettings(width=1024, layers=24, heads=8, inner=3072)
-    gpt2 = c.ModelSettings(
-        model_type="gpt2", width=1536, layers=24, heads=16, inner=6144, tied=True
-    )
-    assert round(c.count_parameters(c.empty_model(llama, V)) / 1e6) == 360
-    assert round(c.count_parameters(c.empty_model(gpt2, V)) / 1e6) == 705
+    formula = 2 * V * C + L * (4 * C * C + 3 * C * I + 2 * C) + C
+    gpt2 = dict(model_type="gpt2", width=1536, layers=24, heads=16, inner=6144, tied=True)
+    llama, built = dict(width=1024, layers=24, inner=3072), []
+    for kind in ({}, llama, gpt2):
+        built.append(c.count_parameters(c.empty_model(c.Settings(**kind), V)))
+    assert built[0] == formula == 58_343_936 and [round(x / 1e6) for x in built] == [58, 360, 705]
 
-
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_initial_weights_by_role(kind):
     """Every matrix by its own role: a projection back into GPT-2's residual stream is smaller."""
     before = torch.get_rng_state()
-    m = c.new_model(settings(width=128, inner=256, layers=3, **kind), 500, 7)
+    m, again = (c.new_model(settings(width=128, inner=256, layers=3, **kind), 500, 7) for _ in "ab")
     assert torch.equal(torch.get_rng_state(), before), "the global stream was drawn on"
-    for name, parameter in m.named_parameters():
-        if parameter.dim() == 1:
-            assert (parameter == (0 if name.endswith("bias") else 1)).all(), name
-        else:
-            wanted = 0.02 / math.sqrt(6) if "c_proj" in name else 0.02
-            assert (
-                abs(parameter.std().item() / wanted - 1) < 0.05 and abs(parameter.mean()) < 1e-3
-            ), name
-    again = c.new_model(settings(width=128, inner=256, layers=3, **kind), 500, 7)
-    assert all(torch.equal(a, b) for a, b in zip(m.parameters(), again.parameters()))
+    assert all(map(torch.equal, m.parameters(), again.parameters()))
+    for name, x in m.named_parameters():
+        wanted = 0.02 / math.sqrt(6) if "c_proj" in name else 0.02
+        assert abs(x.std() / wanted - 1) < 0.05 and abs(x.mean()) < 1e-3 if x.dim() > 1 else \
+            (x == (0 if name.endswith("bias") else 1)).all(), name
 
-
-def logits(m, ids):
-    return m.hidden(ids) @ m.head.T
-
-
-@pytest.mark.parametrize("kind", KINDS)
+@every_kind
 def test_transformers_reads_our_folders(tmp_path, vocabulary, kind):
     transformers = pytest.importorskip("transformers")
-    m, ids = model(V=vocabulary.size, sharp=5, **kind).eval(), torch.randint(0, 300, (2, 16))
+    m, ids = model(V=vocabulary.size, sharp=5, **kind).eval(), some_ids(2, 16, V=300)
     c.save_model(tmp_path, m, vocabulary)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    with torch.no_grad():
-        assert (theirs(ids).logits - logits(m, ids)).abs().max() < 1e-5
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert tokenizer.bos_token == "<s>" and tokenizer.eos_token == "</s>"
-    assert (
-        tokenizer.encode(" The dogs ran.", add_special_tokens=False)
-        == vocabulary.tokenizer.encode(" The dogs ran.", add_special_tokens=False).ids
-    )
-
-
-@pytest.mark.parametrize(
-    "family, changes, shard",
-    [
-        ("Llama", dict(tie_word_embeddings=False), "1GB"),
-        ("Llama", dict(tie_word_embeddings=True), "1GB"),
-        (
-            "Llama",
-            dict(
-                num_key_value_heads=1, rope_parameters={"rope_type": "default", "rope_theta": 777.0}
-            ),
-            "1GB",
-        ),
-        ("Llama", dict(num_key_value_heads=2), "20KB"),
-        ("GPT2", dict(), "1GB"),
-        ("GPT2", dict(n_inner=40), "20KB"),
-    ],
-)
-def test_we_read_the_folders_of_transformers(tmp_path, vocabulary, family, changes, shard):
-    transformers = pytest.importorskip("transformers")
-    sizes = (
-        dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
-        if family == "Llama"
-        else dict(n_embd=32, n_layer=2, n_head=4)
-    )
-    config = getattr(transformers, family + "Config")(
-        vocab_size=vocabulary.size, bos_token_id=1, eos_token_id=2, **sizes, **changes
-    )
-    torch.manual_seed(0)
-    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.mul_(5 if parameter.dim() > 1 else 1)
-    theirs.save_pretrained(tmp_path, max_shard_size=shard)
-    assert (tmp_path / "model.safetensors.index.json").exists() == (shard == "20KB")
-    (tmp_path / "tokenizer.json").write_bytes(vocabulary.files["tokenizer.json"])
-    ours, _ = c.load_model(tmp_path, "cpu")
-    ids = torch.randint(0, 300, (2, 16))
-    with torch.no_grad():
-        assert (theirs(ids).logits - logits(ours, ids)).abs().max() < 1e-5
-
+    assert (theirs(ids).logits - logits(m, ids)).abs().max() < 1e-5
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert (theirs.bos_token, theirs.eos_token) == ("<s>", "</s>")
+    text, how = " The dogs ran.", dict(add_special_tokens=False)
+    assert theirs.encode(text, **how) == vocabulary.tokenizer.encode(text, **how).ids
 
 # -----------------------------------------------------------------------------
 # 4. Divergences
 
-
 def literal_kl(log_a, log_b):
     return (log_a.exp() * (log_a - log_b)).sum(-1)
-
 
 def literal_both(log_q, log_p, weight):
     return weight * literal_kl(log_p, log_q) + (1 - weight) * literal_kl(log_q, log_p)
 
-
-def literal_head(log_q, log_p, mu):
-    """AKL paper, Eqs. 12 to 14: sort all, keep the fewest that reach mu, one row at a time."""
-    shares = []
-    for q, p in zip(log_q.detach().exp(), log_p.exp()):
-        order = p.argsort(descending=True)
-        head = order[: int((p[order].cumsum(0) < mu).sum()) + 1]
-        gap = (p - q).abs()
-        shares.append(gap[head].sum() / gap.sum())
-    return torch.stack(shares)
-
+def literal_share(log_q, log_p, mu):
+    """AKL paper, Eqs. 12 to 14: sort all, keep the fewest that reach mu."""
+    p, order = log_p.detach().exp().sort(-1, descending=True)
+    gap = (p - log_q.detach().exp().gather(1, order)).abs()
+    likely = F.pad(p.cumsum(-1)[:, :-1] < mu, (1, 0), value=True)
+    return (gap * likely).sum(-1) / gap.sum(-1)
 
 def literal_mixture(log_q, log_p, share):
     return (share * log_p.exp() + (1 - share) * log_q.exp()).log()
 
+def literal_jsd(log_q, log_p, share):
+    m = literal_mixture(log_q, log_p, share)
+    return share * literal_kl(log_p, m) + (1 - share) * literal_kl(log_q, m)
 
 def literal_drkl(log_q, log_p, targets, gamma):
     """The target and the rest as two classes, and the rest among themselves."""
-    rest = torch.ones_like(log_q, dtype=torch.bool).scatter(1, targets, False)
-    (t_q, r_q), (t_p, r_p) = (
-        (x.gather(1, targets), x[rest].view(len(x), -1)) for x in (log_q, log_p)
-    )
-    binary = literal_kl(
-        *(torch.cat([t, r.logsumexp(-1, True)], 1) for t, r in ((t_q, r_q), (t_p, r_p)))
-    )
-    return binary + gamma * literal_kl(r_q.log_softmax(-1), r_p.log_softmax(-1))
-
+    two, rest = [], []
+    for x in (log_q, log_p):
+        others = x[torch.ones_like(x).scatter(1, targets, 0).bool()].view(len(x), -1)
+        two.append(torch.cat([x.gather(1, targets), others.logsumexp(-1, True)], 1))
+        rest.append(others.log_softmax(-1))
+    return literal_kl(*two) + gamma * literal_kl(*rest)
 
 LITERAL = {
     "fkl": lambda q, p, t, s: literal_kl(p, q),
     "rkl": lambda q, p, t, s: literal_kl(q, p),
     "fkl+rkl": lambda q, p, t, s: literal_both(q, p, s.fkl_weight),
-    "akl": lambda q, p, t, s: literal_both(q, p, literal_head(q, p, s.mu)),
-    "akl-r": lambda q, p, t, s: literal_both(q, p, 1 - literal_head(q, p, s.mu)),
+    "akl": lambda q, p, t, s: literal_both(q, p, literal_share(q, p, s.mu)),
+    "akl-r": lambda q, p, t, s: literal_both(q, p, 1 - literal_share(q, p, s.mu)),
     "skl": lambda q, p, t, s: literal_kl(p, literal_mixture(q, p, s.skew)),
     "srkl": lambda q, p, t, s: literal_kl(q, literal_mixture(q, p, 1 - s.skew)),
-    "jsd": lambda q, p, t, s: (
-        s.jsd_beta * literal_kl(p, literal_mixture(q, p, s.jsd_beta))
-        + (1 - s.jsd_beta) * literal_kl(q, literal_mixture(q, p, s.jsd_beta))
-    ),
-    "drkl": lambda q, p, t, s: literal_drkl(q, p, t, s.gamma),
-}
+    "jsd": lambda q, p, t, s: literal_jsd(q, p, s.jsd_beta),
+    "drkl": lambda q, p, t, s: literal_drkl(q, p, t, s.gamma)}
+CONSTANTS = dict(fkl_weight=0.3, mu=0.4, skew=0.2, jsd_beta=0.7, gamma=0.8)    # no defaults
+every_divergence = pytest.mark.parametrize("name", c.DIVERGENCES)
 
+def divergence(name, u, v, targets, **changes):
+    """Value and gradient, as FusedLoss gets them: u without its rows' maxima."""
+    s = settings(teachers=1, objective=name, **changes)
+    scratch = u.new_empty(2, *u.shape)
+    return c.divergence_(s, 1.0, u - u.amax(-1, True), v.clone(), targets, scratch)
 
-def divergence(name, a, b, targets, s):
-    """What FusedLoss hands to a divergence, from logits / tau."""
-    q, p, r, *_ = c.to_probabilities(a.clone(), b.clone(), torch.empty_like(a))
-    function, constant = c.DIVERGENCES[name]
-    return function(q, p, r, targets, constant and getattr(s, constant))
+def literal(name, u, v, targets, **changes):
+    """Value and gradient by the definition and autograd, in float64."""
+    u = u.double().requires_grad_()
+    logs = u.log_softmax(-1), v.double().log_softmax(-1)
+    value = LITERAL[name](*logs, targets, settings(**changes))
+    return value.detach()[:, None], *torch.autograd.grad(value.sum(), u)
 
+def near(name, *args, **changes):
+    value, slope = divergence(name, *args, **changes)
+    wanted, right = literal(name, *args, **changes)
+    return (value - wanted).sum().abs() < 1e-5 * wanted.sum() and \
+        (slope - right).norm() < 1e-5 * right.norm()
 
-@pytest.mark.parametrize("name", c.DIVERGENCES)
-@pytest.mark.parametrize("V", [3, 57, 16000])
-def test_divergences_and_their_gradients(name, V):
-    """Against autograd of the literal definition in float64: 1e-10 there, 1e-5 in fp32, of what a
-    batch sums up to. The constants are not the defaults, so that each is seen to be read."""
-    s = settings(fkl_weight=0.3, mu=0.4, skew=0.2, jsd_beta=0.7, gamma=0.8)
-    rows, draw = 256 if V < 100 else 8, torch.Generator().manual_seed(V)
-    targets = torch.randint(V, (rows, 1), generator=draw)
-    for scale in (0.1, 1.0, 10.0):
-        for tau in (1, 2, 4):
-            z, w = (scale * torch.randn(rows, V, generator=draw) for _ in range(2))
-            a = (z.double() / tau).requires_grad_()
-            log_q, log_p = a.log_softmax(-1), (w.double() / tau).log_softmax(-1)
-            wanted = LITERAL[name](log_q, log_p, targets, s)
-            (slope,) = torch.autograd.grad(wanted.sum(), a)
-            value, found = divergence(name, a.detach(), w.double() / tau, targets, s)
-            assert value.shape == (rows, 1) and (value > 0).all()
-            assert torch.allclose(value[:, 0], wanted, rtol=1e-10, atol=1e-10), (scale, tau)
-            assert torch.allclose(found, slope, rtol=1e-10, atol=1e-10), (scale, tau)
-            if name.startswith("akl"):  # Eq. 12 jumps: leave out the rows where rounding may decide
-                near = [literal_head(log_q, log_p, s.mu + step) for step in (-2e-6, 2e-6)]
-                z, w, wanted, slope = (x[near[0] == near[1]] for x in (z, w, wanted, slope))
-                assert len(z) >= 0.7 * rows
-            value, found = divergence(name, z / tau, w / tau, targets, s)
-            assert abs(value.double().sum() / wanted.sum() - 1) < 1e-5, (scale, tau)
-            assert (found - slope).norm() < 1e-5 * slope.norm(), (scale, tau)
+@every_divergence
+@pytest.mark.parametrize("V, rows", [(3, 256), (57, 256), (16_000, 8)])
+def test_divergences_and_their_gradients(name, V, rows):
+    """Against the literal definition, which is also the file's: 1e-10 in float64, 1e-5 in fp32."""
+    targets = some_ids(rows, 1, V=V)
+    definition, constant = c.DIVERGENCES[name]
+    for seed, (scale, tau) in enumerate(itertools.product((0.1, 1.0, 10.0), (1, 2, 4))):
+        u, v = scale * randn(2, rows, V, seed=seed).float() / tau
+        wanted = literal(name, u, v, targets, **CONSTANTS)
+        found = divergence(name, u.double(), v.double(), targets, **CONSTANTS)
+        assert found[0].shape == (rows, 1) and (found[0] > 0).all() and alike(found, wanted)
+        assert alike(c.by_autograd(definition, u, v, targets, CONSTANTS.get(constant)), wanted)
+        if name.startswith("akl"):      # Eq. 12 jumps: leave out the rows where rounding may decide
+            logs = u.double().log_softmax(-1), v.double().log_softmax(-1)
+            low, high = (literal_share(*logs, CONSTANTS["mu"] + step) for step in (-2e-6, 2e-6))
+            u, v = u[low == high], v[low == high]
+        assert len(u) >= 0.6 * rows
+        assert near(name, u, v, targets[:len(u)], **CONSTANTS), (scale, tau)
 
-
-@pytest.mark.parametrize("name", c.DIVERGENCES)
-@pytest.mark.parametrize("scale", [0.1, 5.0, 100.0])
-def test_a_divergence_is_zero_where_the_models_agree(name, scale):
-    z, targets = scale * torch.randn(20, 57), torch.randint(57, (20, 1))
-    value, gradient = divergence(name, z, z.clone(), targets, settings())
-    assert value.abs().max() < 1e-6 and gradient.abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("name", c.DIVERGENCES)
+@every_divergence
 def test_no_divergence_breaks_at_the_ends_of_fp32(name):
-    """Teachers that rule tokens out, one that is certain, a student that is, and both, agreeing or
-    not; the label likely, ruled out, or all there is. FusedLoss sees the same."""
-    V = 40
-    flat, ruled, sure, other = (torch.zeros(V) for _ in range(4))
-    ruled[:30], sure[3], other[7] = -math.inf, 200.0, 200.0
-    nearly = torch.full((V,), -math.log(V * 1e7))  # 1 - pi is about 1e-7
-    nearly[3] = 0.0
-    students = [flat, sure, nearly, torch.randn(V)]
-    teachers = [flat, ruled, sure, other, nearly, torch.randn(V)]
-    a, b, t = zip(*itertools.product(students, teachers, [0, 3, 7, 35]))
-    a, b, t = torch.stack(a), torch.stack(b), torch.tensor(t)[:, None]
-    value, gradient = divergence(name, a, b, t, settings())
+    """A teacher that rules tokens out, or is sure, a sure student, any label; in FusedLoss, too."""
+    flat, ruled, sure, other, nearly = torch.zeros(5, 40)
+    ruled[:30] = -math.inf
+    sure[3] = other[7] = 200.0
+    nearly[3] = math.log(40 * 1e7)                              # 1 - q is about 1e-7
+    students = flat, sure, nearly, randn(40).float()
+    teachers = flat, ruled, sure, other, nearly, randn(40, seed=1).float()
+    cases = itertools.product(students, teachers, torch.tensor([0, 3, 7, 35]))
+    a, b, t = map(torch.stack, zip(*cases))
+    value, gradient = divergence(name, a, b, t[:, None])
     assert value.isfinite().all() and gradient.isfinite().all() and (value > -1e-6).all()
-    s = settings(teachers=1, objective=name)
-    hidden, one = torch.eye(len(a)).requires_grad_(), torch.eye(len(a))
-    loss, _ = c.FusedLoss.apply(
-        hidden, a.T.contiguous(), t[:, 0], one, b.T.nan_to_num(neginf=-3e38), s, 1.0, 7
-    )
-    loss.backward()
-    assert loss.isfinite() and hidden.grad.isfinite().all()
+    one, head = torch.eye(len(a)).requires_grad_(), a.T.contiguous().requires_grad_()
+    found = fused((one, head, t, one, b.T.nan_to_num(neginf=-3e38)), objective=name)
+    assert all(x.isfinite().all() for x in found)
 
-
-@pytest.mark.parametrize("name", c.DIVERGENCES)
-def test_the_level_of_the_logits_costs_no_digit(name):
-    """A softmax knows no level, and models differ in theirs: GPT-2's logits lie near -100."""
-    draw = torch.Generator().manual_seed(0)
-    z, w = (torch.randn(64, 57, generator=draw) + level for level in (100, -300))
-    targets = torch.randint(57, (64, 1), generator=draw)
-    wanted, slope = divergence(name, z.double(), w.double(), targets, settings())
-    value, found = divergence(name, z, w, targets, settings())
-    assert abs(value.double().sum() / wanted.sum() - 1) < 1e-5
-    assert (found - slope).norm() < 1e-5 * slope.norm()
-
+@every_divergence
+def test_neither_level_nor_size_costs_a_digit(name):
+    """GPT-2's logits lie near -100; a sure model and one that is not; equal models are at 0."""
+    (z, w), targets = randn(2, 64, 57).float(), some_ids(64, 1, V=57)
+    assert near(name, z + 100, w - 300, targets)
+    for scale in (0.1, 5.0, 100.0):
+        assert all(x.abs().max() < 1e-6 for x in divergence(name, scale * z, scale * z, targets))
+    z, w = randn(2, 8, 16_000).float()
+    for scale in (0.01, 8.0):
+        assert near(name, scale * z, 0.08 / scale * w, some_ids(8, 1, V=16_000))
 
 @pytest.mark.parametrize("tau", [0.5, 9.0, 30.0])
 def test_no_temperature_breaks_the_loss(tau):
     """softmax(z / tau) to the power of tau has no number left for it at such sizes."""
-    hidden, head = torch.eye(3).requires_grad_(), 0.3 * torch.randn(20_000, 3)
-    s = settings(teachers=1, objective="rkl", temperature=tau)
-    targets = torch.tensor([0, 1, 2])
-    loss, parts = c.FusedLoss.apply(hidden, head, targets, torch.eye(3), 0.5 * head, s, 1.0, 2)
-    loss.backward()
-    assert math.isclose(parts[0], F.cross_entropy(head.T, targets, reduction="sum"), rel_tol=1e-5)
-    assert loss.isfinite() and hidden.grad.isfinite().all()
+    one, head = torch.eye(3).requires_grad_(), (0.3 * randn(20_000, 3).float()).requires_grad_()
+    *found, parts = fused((one, head, torch.arange(3), one, 0.5 * head), temperature=tau)
+    wanted = F.cross_entropy(head.T, torch.arange(3), reduction="sum")
+    assert abs(parts[0] / wanted - 1) < 1e-5 and all(x.isfinite().all() for x in found)
 
-
-@pytest.mark.parametrize("name", c.DIVERGENCES)
-@pytest.mark.parametrize("sharp", [(0.01, 8.0), (8.0, 0.01)])
-def test_one_model_sure_the_other_not(name, sharp):
-    """Where one softmax is scaled by 1 and the other by 1 / V, which their ratio must survive."""
-    draw = torch.Generator().manual_seed(0)
-    z, w = (scale * torch.randn(8, 16_000, generator=draw) for scale in sharp)
-    targets = torch.randint(16_000, (8, 1), generator=draw)
-    wanted, slope = divergence(name, z.double(), w.double(), targets, settings())
-    value, found = divergence(name, z, w, targets, settings())
-    assert abs(value.double().sum() / wanted.sum() - 1) < 1e-5
-    assert (found - slope).norm() < 1e-5 * slope.norm()
-
-
-def test_skewed_divergences_become_the_plain_ones():
-    z, w = (2 * torch.randn(9, 30, dtype=torch.float64) for _ in range(2))
+def test_skewed_divergences_become_the_plain_ones_and_jsd_0():
+    u, v = 2 * randn(2, 9, 30)
     for skewed, plain in (("skl", "fkl"), ("srkl", "rkl")):
-        for found, wanted in zip(
-            divergence(skewed, z, w, None, settings(skew=1e-10)),
-            divergence(plain, z, w, None, settings()),
-        ):
-            assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
+        assert alike(divergence(skewed, u, v, None, skew=1e-10), literal(plain, u, v, None), 1e-5)
+    assert divergence("jsd", u, v, None, jsd_beta=1e-6)[0].max() < 1e-4
 
-
-def test_drkl_is_exact_for_a_sure_student():
-    """1 - pi from 1e-1 to 1e-7, where (RKL - B) / (1 - pi) would have lost every digit."""
-    s, targets = settings(), torch.zeros(7, 1, dtype=torch.long)
-    z, w = torch.randn(7, 57), torch.randn(7, 57)
-    z[:, 0] = z[:, 1:].logsumexp(-1) + torch.arange(1, 8) * math.log(10)
+@every_divergence
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_a_student_that_is_sure_or_rules_the_target_out(name, dtype, tolerance):
+    """1 - q from 1e-1 to 1e-7; and logits so low that q is 0 in fp32 and, from -708 on, float64."""
+    z, w = randn(2, 14, 57).to(dtype)
     w[:, 0] = w[:, 1:].logsumexp(-1) + 2
-    a = z.double().requires_grad_()
-    wanted = literal_drkl(a.log_softmax(-1), w.double().log_softmax(-1), targets, s.gamma)
-    (slope,) = torch.autograd.grad(wanted.sum(), a)
-    value, found = divergence("drkl", z, w, targets, s)
-    assert ((found - slope).norm(dim=-1) < 1e-5 * slope.norm(dim=-1)).all()
-    assert torch.allclose(value[:, 0], wanted, rtol=1e-5)
+    z[:7, 0] = z[:7, 1:].logsumexp(-1) + torch.arange(1, 8) * math.log(10)
+    z[7:, 0] = -torch.tensor([100, 200, 300, 500, 700, 708, 1000])
+    rows = 14
+    inputs = z[:rows], w[:rows], torch.zeros(rows, 1, dtype=torch.long)
+    for found, wanted in zip(divergence(name, *inputs), literal(name, *inputs)):
+        assert ((found - wanted).norm(dim=-1) < tolerance * wanted.norm(dim=-1)).all()
 
-
-def test_the_head_is_the_smallest_that_reaches_mu():
-    """Eq. 12 by trying every set of tokens; tokens that tie with the last one are in it."""
-    p = torch.tensor([[0.4, 0.1, 0.3, 0.2], [0.25, 0.25, 0.25, 0.25], [0.97, 0.01, 0.01, 0.01]])
-    q = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.4, 0.3, 0.2, 0.1], [0.25, 0.25, 0.25, 0.25]])
-    for mu in (0.1, 0.5, 0.65, 0.75, 1.0):
-        for row in range(3):
-            reach = [
-                m
-                for m in itertools.product((0, 1), repeat=4)
-                if sum(x * y for x, y in zip(m, p[row].tolist())) >= mu - 1e-7
-            ]
-            fewest = min(map(sum, reach))
-            best = max(
-                (m for m in reach if sum(m) == fewest),
-                key=lambda m: sum(x * y for x, y in zip(m, p[row].tolist())),
-            )
-            edge = min(y for x, y in zip(best, p[row].tolist()) if x)
-            gap, head = (p[row] - q[row]).abs(), p[row] >= edge
-            wanted = gap[head].sum() / gap.sum()
-            found = c.head_share(q[row : row + 1], p[row : row + 1], mu)
-            assert torch.isclose(found[0, 0], wanted, atol=1e-6), (mu, row)
-
+def test_the_likely_tokens_are_the_fewest_that_reach_mu():
+    """One at least; what ties with the last one is likely, too; of equal models, one half."""
+    p, q = randn(2, 99, 5).softmax(-1)
+    for mu in (0.0, 0.1, 0.5, 0.9, 1.0):
+        assert alike(c.likely_share(q, p, mu)[:, 0], literal_share(q.log(), p.log(), mu)), mu
+        assert (c.likely_share(p, p, mu) == 0.5).all()
+    tied = torch.tensor([[0.4, 0.2, 0.2, 0.2], [0.1, 0.3, 0.3, 0.3]])
+    assert alike(c.likely_share(tied.flip(1), tied, 0.5), torch.tensor([[1.0], [0.5]]), 1e-6)
 
 def test_single_step_is_reverse_kl():
-    """MiniLLM's single-step gradient, the expectation over the next token y ~ q of
-    grad log q(y) (log q(y) - log p(y)), summed over all y: it is the token-level reverse KL's."""
-    a, b = (torch.randn(11, dtype=torch.float64) for _ in range(2))
-    a.requires_grad_()
-    log_q, log_p = a.log_softmax(-1), b.log_softmax(-1)
-    wanted = sum(
-        log_q[y].exp().detach()
-        * (log_q[y] - log_p[y]).detach()
-        * torch.autograd.grad(log_q[y], a, retain_graph=True)[0]
-        for y in range(11)
-    )
-    _, found = divergence("rkl", a.detach()[None], b[None], None, settings())
-    assert torch.allclose(found[0], wanted, atol=1e-12)
+    """MiniLLM's gradient: the mean over y ~ q of grad log q(y) (log q(y) - log p(y))."""
+    u, v = randn(2, 1, 11)
+    log_q = u.requires_grad_().log_softmax(-1)
+    wanted = torch.autograd.grad(log_q, u, log_q.exp() * (log_q - v.log_softmax(-1)))
+    assert alike(divergence("rkl", u.detach(), v, None)[1:], wanted, 1e-12)
 
+def test_the_worked_example_is_right_to_its_printed_digits():
+    shown = LESSON.split("# An example with four tokens.")[1].split("# A step goes")[0].splitlines()
+    p, q, r, (forward, *raised), (reverse, *lowered) = map(numbers, shown[3:8])
+    u, v = torch.tensor([[q], [p]]).double().log()
+    found = u - v, *divergence("fkl", u, v, None), *divergence("rkl", u, v, None)
+    for x, y in zip(found, (r, forward, raised, reverse, lowered), strict=True):
+        assert (x - torch.tensor(y)).abs().max() < 5.01e-4, y
+    assert min(raised) == raised[1] and max(lowered) == lowered[3]      # "raise cat", "lower of"
 
 # -----------------------------------------------------------------------------
 # 5. The fused loss
 
-
-def loss_inputs(dtype, N=23, C=8, C_=12, V=57):
-    draw = torch.Generator().manual_seed(3)
-    shapes = ((N, C), (V, C), (N, C_), (V, C_))
-    hidden, head, t_hidden, t_head = (
-        torch.randn(shape, generator=draw, dtype=dtype) for shape in shapes
-    )
-    return (
-        hidden.requires_grad_(),
-        head.requires_grad_(),
-        torch.randint(0, V, (N,), generator=draw),
-        t_hidden,
-        t_head,
-    )
-
-
-def plain_loss(hidden, head, targets, t_hidden, t_head, s, beta):
-    """The paper's Eqs. 1, 2 and 9 with all logits at once; the sum over the tokens not ignored."""
+def whole(inputs, beta=1.0, **changes):
+    """What fused returns, by the paper's Eqs. 1, 2 and 9 with all logits at once."""
+    s = settings(**{"teachers": 1, "objective": "rkl", **changes})
+    hidden, head, targets, t_hidden, t_head = inputs
     kept = targets >= 0
-    hidden, t_hidden, targets = hidden[kept], t_hidden[kept], targets[kept]
-    z, w, tau = hidden @ head.T, t_hidden @ t_head.T, s.temperature
-    ce = F.cross_entropy(z, targets, reduction="sum")
-    if s.objective not in LITERAL:
-        return ce
-    mixed = beta * w + (1 - beta) * (z.detach() if s.mixing == "constant" else z)
-    kl = LITERAL[s.objective](
-        (z / tau).log_softmax(-1), (mixed / tau).log_softmax(-1), targets[:, None], s
-    ).sum()
-    weight = s.context if s.reduction == "batchmean" else 1
-    return s.alpha * ce + (1 - s.alpha) * weight * tau**2 * kl
+    z, w = hidden[kept] @ head.T, t_hidden[kept] @ t_head.T
+    loss = ce = F.cross_entropy(z, targets[kept], reduction="sum")
+    kl = 0 * ce
+    if s.objective != "ce":
+        mixed = beta * w + (1 - beta) * (z if s.mixing == "differentiated" else z.detach())
+        log_q, log_p = ((x / s.temperature).log_softmax(-1) for x in (z, mixed))
+        kl = s.temperature**2 * LITERAL[s.objective](log_q, log_p, targets[kept, None], s).sum()
+        loss = s.alpha * ce + (1 - s.alpha) * (s.context if s.reduction == "batchmean" else 1) * kl
+    return loss, *torch.autograd.grad(loss, inputs[:2]), torch.stack([ce, kl])
 
+every_objective = pytest.mark.parametrize("changes", [
+    *(dict(objective=name) for name in ("ce", *LITERAL)),
+    *(dict(objective=name, mixing="differentiated") for name in LITERAL),
+    dict(temperature=1.0, alpha=0.2), dict(alpha=0.0, reduction="batchmean"),
+    dict(objective="fkl", temperature=4.0, alpha=0.9)])
 
-OBJECTIVES = [
-    dict(objective="ce"),
-    *(dict(objective=name) for name in c.DIVERGENCES),
-    dict(objective="rkl", temperature=1.0, alpha=0.2),
-    dict(objective="rkl", alpha=0.0, reduction="batchmean"),
-    dict(objective="fkl", temperature=4.0, alpha=0.9),
-    *(dict(objective=name, mixing="differentiated") for name in c.MIRRORED),
-]
-
-
-@pytest.mark.parametrize("changes", OBJECTIVES)
+@every_objective
 @pytest.mark.parametrize("beta", [1.0, 0.7, 0.1])
-def test_fused_loss_is_the_plain_loss(changes, beta, monkeypatch):
+def test_fused_loss_is_the_whole_loss(changes, beta, monkeypatch):
     """Whatever the chunk, and the rows that a core works on at once; the paper's k = 5 is one."""
-    s, inputs = settings(teachers=1, **changes), loss_inputs(torch.float64)
-    inputs[2][4:6] = -100  # ignored
-    wanted = plain_loss(*inputs, s, beta) / 23
-    gradients = torch.autograd.grad(wanted, inputs[:2])
+    inputs, changes = loss_inputs(), changes | CONSTANTS
+    inputs[2][4:6] = -100                                       # ignored
+    wanted = whole(inputs, beta, **changes)
     for chunk, cache in ((1, 57), (5, 57), (7, 2**17), (23, 100), (100, 2**17)):
         monkeypatch.setattr(c, "CACHE", cache)
-        loss, parts = c.FusedLoss.apply(*inputs, s, beta, chunk)
-        found = torch.autograd.grad(loss / 23, inputs[:2])
-        assert torch.allclose(loss / 23, wanted, rtol=1e-10, atol=1e-10)
-        for a, b in zip(found, gradients):
-            assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
-        ce, kl = c.loss_weights(s)
-        assert torch.isclose(ce * parts[0] + kl * parts[1], loss)
+        assert alike(fused(inputs, beta, chunk, **changes), wanted)
 
-
-@pytest.mark.parametrize("changes", OBJECTIVES)
+@every_objective
 def test_the_chunk_cannot_be_seen_in_fp32(changes):
-    s, inputs = settings(teachers=1, **changes), loss_inputs(torch.float32, N=100, V=300)
-    results = []
-    for chunk in (1, 7, 64, 100):
-        loss, _ = c.FusedLoss.apply(*inputs, s, 0.7, chunk)
-        results.append([loss, *torch.autograd.grad(loss, inputs[:2])])
-    for other in results[1:]:
-        for a, b in zip(results[0], other):
-            assert (a - b).norm() <= 2e-6 * a.norm()
-
+    inputs = loss_inputs(torch.float32, N=100, V=300)
+    first, *others = (fused(inputs, 0.7, chunk, **changes) for chunk in (1, 7, 64, 100))
+    for other in others:
+        assert all((a - b).norm() <= 2e-6 * a.norm() for a, b in zip(first, other))
 
 def test_the_step_wise_loss_is_the_whole_loss():
     """Segments of k = 5 tokens, each with a loss of its own: they add up, gradients too."""
-    s, inputs = settings(teachers=1, objective="rkl"), loss_inputs(torch.float64)
-    hidden, head, targets, t_hidden, t_head = inputs
-    whole, _ = c.FusedLoss.apply(*inputs, s, 0.7, 100)
-    steps = [
-        c.FusedLoss.apply(
-            hidden[i : i + 5], head, targets[i : i + 5], t_hidden[i : i + 5], t_head, s, 0.7, 100
-        )[0]
-        for i in range(0, 23, 5)
-    ]
-    assert torch.isclose(sum(steps), whole, rtol=1e-12)
-    for a, b in zip(*(torch.autograd.grad(x, inputs[:2]) for x in (sum(steps), whole))):
-        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
-
+    hidden, head, targets, t_hidden, t_head = inputs = loss_inputs()
+    loss, s = 0, settings(teachers=1, objective="rkl")
+    for h, target, t in zip(hidden.split(5), targets.split(5), t_hidden.split(5)):
+        loss += c.FusedLoss.apply(h, head, target, t, t_head, s, 0.7, 100)[0]
+    assert alike((loss, *torch.autograd.grad(loss, inputs[:2])), fused(inputs, 0.7))
 
 def test_mixing_is_a_weight_under_reverse_kl():
     """Eq. 2, the student's part constant: the gradient is exactly beta times the unmixed one."""
-    s, inputs = settings(teachers=1, objective="rkl", alpha=0.0), loss_inputs(torch.float64)
-    unmixed, mixed = (
-        torch.autograd.grad(c.FusedLoss.apply(*inputs, s, beta, 8)[0], inputs[:2])
-        for beta in (1.0, 0.3)
-    )
-    for a, b in zip(unmixed, mixed):
-        assert torch.allclose(0.3 * a, b, rtol=1e-10, atol=1e-10)
-
+    unmixed, mixed = (fused(loss_inputs(), beta, alpha=0.0)[1:3] for beta in (1.0, 0.3))
+    assert alike([0.3 * x for x in unmixed], mixed)
 
 def test_batchmean_is_pytorchs_and_babyllamas():
     """KLDivLoss(batchmean) on (B, T, V) logits: T times the mean over tokens."""
-    B, T, V = 3, 16, 57
-    hidden, head, targets, t_hidden, t_head = loss_inputs(torch.float64, N=B * T)
-    s = settings(teachers=1, objective="fkl", alpha=0.0, reduction="batchmean", context=T)
-    loss, _ = c.FusedLoss.apply(hidden, head, targets, t_hidden, t_head, s, 1.0, 10)
-    log_q, log_p = (
-        (x / 2).log_softmax(-1).view(B, T, V) for x in (hidden @ head.T, t_hidden @ t_head.T)
-    )
-    wanted = 4 * F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
-    assert torch.isclose(loss / (B * T), wanted, rtol=1e-12)
+    hidden, head, _, t_hidden, t_head = inputs = loss_inputs(N=3 * 16)
+    loss, *_ = fused(inputs, objective="fkl", alpha=0.0, reduction="batchmean", context=16)
+    log_q, log_p = ((x / 2).log_softmax(-1).view(3, 16, 57)
+                    for x in (hidden @ head.T, t_hidden @ t_head.T))
+    wanted = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    assert alike([loss / (3 * 16)], [4 * wanted])
 
-
-def test_only_what_is_asked_for_gets_a_gradient():
-    s = settings(teachers=1, objective="rkl")
-    hidden, head, *rest = loss_inputs(torch.float64)
-    both = torch.autograd.grad(c.FusedLoss.apply(hidden, head, *rest, s, 1.0, 8)[0], (hidden, head))
+def test_what_gets_a_gradient():
+    """Only what asks for one; a tied head both of its own; and nothing where all is ignored."""
+    s, (hidden, head, *rest) = settings(teachers=1, objective="rkl"), loss_inputs()
+    loss, *both, _ = fused((hidden, head, *rest))
     for i in range(2):
         pair = [x.detach().requires_grad_(i == j) for j, x in enumerate((hidden, head))]
-        loss, _ = c.FusedLoss.apply(*pair, *rest, s, 1.0, 8)
-        loss.backward()
+        c.FusedLoss.apply(*pair, *rest, s, 1.0, 8)[0].backward()
         assert torch.equal(pair[i].grad, both[i]) and pair[1 - i].grad is None
     with torch.no_grad():
         assert torch.equal(c.FusedLoss.apply(hidden, head, *rest, s, 1.0, 8)[0], loss)
+    tied = head[:23], head, *rest
+    assert alike(fused(tied)[2:], whole(tied)[2:])
+    assert all((x == 0).all() for x in fused((hidden, head, rest[0] * 0 - 100, *rest[1:])))
 
-
-def test_a_tied_head_gets_both_gradients():
-    s, (_, head, targets, t_hidden, t_head) = (
-        settings(teachers=1, objective="rkl"),
-        loss_inputs(torch.float64),
-    )
-    ids = torch.arange(23)
-    losses = [
-        c.FusedLoss.apply(head[ids], head, targets, t_hidden, t_head, s, 1.0, 8)[0],
-        plain_loss(head[ids], head, targets, t_hidden, t_head, s, 1.0),
-    ]
-    a, b = (torch.autograd.grad(loss, head)[0] for loss in losses)
-    assert torch.allclose(a, b, rtol=1e-10, atol=1e-10)
-
-
-def test_nothing_left_to_learn_is_zero_and_no_nan():
-    s, inputs = settings(teachers=1, objective="rkl"), loss_inputs(torch.float32)
-    loss, parts = c.FusedLoss.apply(*inputs[:2], torch.full((23,), -100), *inputs[3:], s, 1.0, 8)
-    loss.backward()
-    assert loss == 0 and (parts == 0).all()
-    assert (inputs[0].grad == 0).all() and (inputs[1].grad == 0).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("how", ["autocast", "all"])
-def test_half_precision(dtype, how):
-    """Gradients within the rounding of the products, in fp16 with a loss scaler's factor, too; in
-    the mean over many tokens, where dividing before the products would leave fp16 nothing."""
-    s, exact = settings(teachers=1, objective="rkl"), loss_inputs(torch.float32, N=4000, V=300)
-    wanted = torch.autograd.grad(c.FusedLoss.apply(*exact, s, 1.0, 512)[0] / 4000, exact[:2])
-    inputs = [x.detach().to(dtype) if how == "all" and x.is_floating_point() else x for x in exact]
-    inputs[:2] = [x.detach().requires_grad_() for x in inputs[:2]]
-    with torch.autocast("cpu", dtype, enabled=how == "autocast"):
+@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 0.02), (torch.float16, 0.005)])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_half_precision(dtype, error, autocast):
+    """The mean over many tokens: dividing before the matmuls would leave nothing of it in fp16."""
+    kind, s = torch.float32 if autocast else dtype, settings(teachers=1, objective="rkl")
+    exact, inputs = (loss_inputs(dtype, N=4000, V=300) for dtype in (torch.float32, kind))
+    exact[2][:2000] = inputs[2][:2000] = -100                   # ignored
+    with torch.autocast("cpu", dtype, enabled=autocast):
         loss, _ = c.FusedLoss.apply(*inputs, s, 1.0, 512)
-    scale = 2.0**16 if dtype == torch.float16 and how == "autocast" else 1.0
-    (loss / 4000 * scale).backward()
-    for x, y in zip(inputs, wanted):
-        assert x.grad.dtype == x.dtype
-        error = (x.grad.float() / scale - y).norm() / y.norm()
-        assert error < (0.02 if dtype == torch.bfloat16 else 0.005), error
-
+    scale = (2.0**16 if dtype == torch.float16 and autocast else 1.0) / 4000
+    for x, wanted in zip(torch.autograd.grad(loss * scale, inputs[:2]), fused(exact)[1:3]):
+        assert x.dtype == kind and (x.float() / scale - wanted).norm() < error * wanted.norm()
 
 class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation made."""
-
-    elements = 0
+    """The size of the largest tensor that any operation made."""
+    elements, size = 0, staticmethod(torch.Tensor.numel)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.numel())
+        made = filter(torch.is_tensor, out if isinstance(out, (tuple, list)) else [out])
+        self.elements = max([self.elements, *map(self.size, made)])
         return out
 
-
-@pytest.mark.parametrize("objective", ["ce", *c.DIVERGENCES])
+@pytest.mark.parametrize("objective", ["ce", *LITERAL])
 def test_no_array_of_all_logits_is_ever_held(objective):
-    V, chunk, s = 500, 10, settings(teachers=1, objective=objective)
-    sizes = []
+    V, chunk, sizes = 500, 10, []
     for N in (400, 2000):
         with Largest() as largest:
-            inputs = loss_inputs(torch.float32, N=N, V=V)
-            c.FusedLoss.apply(*inputs, s, 0.7, chunk)[0].backward()
+            fused(loss_inputs(torch.float32, N=N, V=V), 0.7, chunk, objective=objective)
         sizes.append(largest.elements)
     assert chunk * V <= sizes[0] <= 4 * chunk * V and sizes[1] <= max(sizes[0], 2000 * 12)
 
-
-def test_token_scores_are_the_log_softmax():
-    hidden, head, targets, *_ = loss_inputs(torch.float64)
-    wanted = (hidden @ head.T).log_softmax(-1)[torch.arange(23), targets]
-    for chunk in (1, 7, 30):
-        found = c.token_log_probabilities(hidden, head, torch.arange(23), targets, chunk)
-        assert torch.allclose(found, wanted, atol=1e-12)
-    rows = torch.tensor([0, 0, 0, 5, 22, 22])  # several targets of a row, or none
-    targets = torch.tensor([3, 1, 3, 0, 56, 55])
-    wanted = (hidden @ head.T).log_softmax(-1)[rows, targets]
-    for chunk in (1, 7, 30):
-        found = c.token_log_probabilities(hidden, head, rows, targets, chunk)
-        assert torch.allclose(found, wanted, atol=1e-12)
-
+def test_the_tiny_case_of_fused_losss_docstring():
+    """Sizes of arrays with a number for each token of V; a stack of them counts as several."""
+    N, V, C, *chunks = numbers(c.FusedLoss.__doc__.split("A tiny case")[1])
+    inputs = loss_inputs(N=N, V=V, C=C, C_=C)
+    for chunk, elements in zip(chunks[:3], chunks[3:], strict=True):
+        with Largest() as top:
+            top.size = lambda x: (x.shape[-1:] == (V,)) * x.is_contiguous() * x.shape[-2:].numel()
+            found = fused(inputs, chunk=chunk)
+        assert top.elements == elements and alike(found, whole(inputs))
 
 def test_two_teachers_are_the_mean_of_their_logits():
-    teachers = [
-        model(sharp=5, seed=1).eval(),
-        model(sharp=5, seed=2, model_type="gpt2", width=48).eval(),
-    ]
-    ids, coach = torch.randint(0, 50, (2, 16)), c.Coach(teachers)
+    teachers = [model(sharp=5, seed=1), model(sharp=5, seed=2, model_type="gpt2", width=48)]
+    ids, coach = some_ids(2, 16), c.Coach(teachers)
     wanted = sum(logits(teacher, ids) for teacher in teachers) / 2
     assert torch.allclose(coach.hidden(ids) @ coach.head.T, wanted, atol=1e-4)
     assert not coach.head.requires_grad and not coach.hidden(ids).requires_grad
 
-
 # -----------------------------------------------------------------------------
-# 6. Schedules and the optimizer
+# 6. Schedules and one step
 
-
-def test_learning_rate_at_its_ends():
-    s = settings(lr=1.0, warmup=10)
-    rates = [c.lr_at(step, 110, 10, s) for step in range(110)]
-    assert rates[0] == 1 / 11 and rates[10] == max(rates) == 1.0
+def test_learning_rate_beta_and_pytorchs_t_max():
+    s = settings(lr=1.0, warmup=10, beta=0.7, progressive=True)
+    rates = [c.lr_at(step, 110, s) for step in range(110)]
+    assert rates[0] == 1 / 11 and rates[10] == max(rates) == 1.0 and 0 < rates[-1] < 1e-3
     assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
-    assert math.isclose(rates[60], 0.5) and 0 < rates[-1] < 1e-3
-
-
-def test_the_papers_t_max_by_both_readings():
-    """PyTorch's own CosineAnnealingLR, stepped each step or each epoch."""
-    for unit, every in (("step", 1), ("epoch", 20)):
-        s = settings(lr=0.5, warmup=0, t_max=30, t_max_unit=unit)
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
-        theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30)
-        for step in range(100):
-            rate = optimizer.param_groups[0]["lr"]
-            assert math.isclose(c.lr_at(step, 100, 20, s), rate, abs_tol=1e-12)
-            optimizer.step()
-            if (step + 1) % every == 0:
-                theirs.step()
-
-
-def test_beta_is_equation_3():
-    s = settings(beta=0.7, progressive=True)
-    assert [round(c.beta_at(e, 6, s), 3) for e in range(6)] == [
-        0.7,
-        0.583,
-        0.467,
-        0.35,
-        0.233,
-        0.117,
-    ]
-    assert c.beta_at(99, 100, s) == 0.1
+    falling = [round(c.beta_at(epoch, 6, s), 3) for epoch in range(6)]                      # Eq. 3
+    assert falling == [0.7, 0.583, 0.467, 0.35, 0.233, 0.117] and c.beta_at(99, 100, s) == 0.1
     assert c.beta_at(1, 2, settings(beta=0.05, progressive=True)) == 0.05
-    assert c.beta_at(5, 6, settings(beta=0.7)) == 0.7
+    assert c.beta_at(5, 6, settings(beta=0.7)) == 0.7 and math.isclose(rates[60], 0.5)
+    s, optimizer = settings(lr=0.5, warmup=0, t_max=30), torch.optim.SGD([torch.zeros(1)], lr=0.5)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30)
+    for step in range(100):
+        assert math.isclose(c.lr_at(step, 100, s), theirs.get_last_lr()[0], abs_tol=1e-12)
+        optimizer.step(), theirs.step()
 
-
-def test_every_parameter_is_in_one_group_and_gets_a_gradient():
-    for kind in KINDS:
-        m, s = model(**kind), settings(**kind)
-        optimizer, ids = c.make_optimizer(m, s), torch.randint(0, 50, (8, 16))
-        grouped = [p for group in optimizer.param_groups for p in group["params"]]
-        assert len(grouped) == len(set(grouped)) and set(grouped) == set(m.parameters())
-        before = {name: p.clone() for name, p in m.named_parameters()}
-        c.train_step(m, optimizer, None, ids, ids.roll(-1, 1), s, 1.0)
-        assert all(
-            not torch.equal(p, before[name])
-            for name, p in m.named_parameters()
-            if "c_attn.bias" not in name
-        )
-
-
-# -----------------------------------------------------------------------------
-# 7. Run folders
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_saved_model_comes_back(tmp_path, vocabulary, kind):
-    m = model(V=vocabulary.size, **kind)
-    c.save_model(tmp_path, m, vocabulary)
-    back, same = c.load_model(tmp_path, "cpu")
-    assert all(torch.equal(a, b) for a, b in zip(m.parameters(), back.parameters()))
-    assert (
-        same.tokenizer.get_vocab() == vocabulary.tokenizer.get_vocab()
-        and same.prefix_id == vocabulary.prefix_id
-    )
-    assert dataclasses.replace(back.config, kv_heads=0) == dataclasses.replace(
-        c.ModelSettings(
-            **{f.name: getattr(m.config, f.name) for f in dataclasses.fields(c.ModelSettings)}
-        ),
-        kv_heads=0,
-    )
-    assert not list(tmp_path.glob("*.partial"))
-
-
-def test_older_gpt2_files_and_other_dtypes_are_read(tmp_path, vocabulary):
-    m = model(V=vocabulary.size, model_type="gpt2", tied=True)
-    c.save_model(tmp_path, m, vocabulary)
-    old = {name: p.detach().bfloat16() for name, p in m.named_parameters()} | {
-        "h.0.attn.bias": torch.ones(1, 1, 4, 4)
-    }
-    c.write_safetensors(tmp_path / "model.safetensors", old)
-    back, _ = c.load_model(tmp_path, "cpu")
-    assert torch.equal(back.wte.weight, m.wte.weight.bfloat16().float())
-
-
-def test_the_prefix_token_is_what_the_folder_says(tmp_path, vocabulary):
-    (tmp_path / "tokenizer.json").write_bytes(vocabulary.files["tokenizer.json"])
-    assert c.load_vocabulary(tmp_path).prefix_id == 1
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
-    assert c.load_vocabulary(tmp_path).prefix_id == 2
-    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<pad>"}')
-    assert c.load_vocabulary(tmp_path).prefix_id == 0
-
-
-def test_a_full_disk_is_one_sentence(tmp_path):
-    """A limit on the size of files stands for the disk: nothing half written is left."""
-    command = [sys.executable, HOME / "choobaca.py", "train", "-c", brief_config(tmp_path)]
-    limited = "ulimit -f 100; exec " + shlex.join(map(str, [*command, "-o", tmp_path / "full/run"]))
-    done = subprocess.run(["bash", "-c", limited], capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert re.search(r"Error: \S+\.ids: File too large", done.stderr), done.stderr[-500:]
-    assert not list(tmp_path.rglob("*.ids*")) and not (tmp_path / "full/run").exists()
-
-
-def test_a_theta_said_twice_and_a_null(tmp_path, vocabulary):
-    c.save_model(tmp_path, model(V=vocabulary.size, rope_theta=777.0), vocabulary)
-    config = json.loads((tmp_path / "config.json").read_text())
-    for theta in (
-        {"rope_theta": 777.0},
-        {"rope_theta": None, "rope_parameters": {"rope_theta": 777.0}},
-    ):
-        (tmp_path / "config.json").write_text(json.dumps({**config, **theta}))
-        assert c.load_model(tmp_path, "cpu")[0].config.rope_theta == 777.0
-
-
-def test_a_file_that_fails_half_way_leaves_nothing(tmp_path):
-    (tmp_path / "x").write_text("old")
-    with pytest.raises(ZeroDivisionError), c.written_whole(tmp_path / "x") as file:
-        file.write(b"new")
-        1 / 0
-    assert [path.name for path in tmp_path.iterdir()] == ["x"] and (
-        tmp_path / "x"
-    ).read_text() == "old"
-
-
-# -----------------------------------------------------------------------------
-# 8. Training
-
-
-def history(folder: Path) -> list[dict]:
-    """The log without its timings."""
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if k not in ("seconds", "tokens_per_second")}
-        for line in lines
-    ]
-
+@every_kind
+def test_every_parameter_is_in_one_group_and_is_trained(kind):
+    m = model(**kind)
+    grouped = sum((group["params"] for group in c.make_optimizer(m, settings()).param_groups), [])
+    assert len(grouped) == len(set(grouped)) and set(grouped) == set(m.parameters())
+    step_of(m)
+    for (name, p), before in zip(m.named_parameters(), model(**kind).parameters()):
+        assert "c_attn.bias" in name or not torch.equal(p, before), name
 
 def test_accumulation_changes_nothing():
-    results = []
-    for micro_batch in (0, 2, 1):
-        s = settings(micro_batch=micro_batch, objective="rkl", teachers=1)
-        m, ids = (
-            model(sharp=5),
-            torch.randint(0, 50, (8, 16), generator=torch.Generator().manual_seed(0)),
-        )
-        coach = c.Coach([model(sharp=5, seed=5).eval()])
-        losses = c.train_step(m, c.make_optimizer(m, s), coach, ids, ids.roll(-1, 1), s, 0.7)
-        results.append((losses, m.head.grad.clone()))
-    for losses, gradient in results[1:]:
-        assert torch.allclose(losses, results[0][0], rtol=1e-5)
-        assert torch.allclose(gradient, results[0][1], atol=1e-7)
+    coach, results = c.Coach([model(sharp=5, seed=5).eval()]), []
+    for rows in (0, 2, 1):
+        m = model(sharp=5)
+        results.append((step_of(m, coach, 0.7, micro_batch=rows), m.head.grad))
+        assert torch.allclose(results[-1][0], results[0][0], rtol=1e-5)
+        assert torch.allclose(results[-1][1], results[0][1], atol=1e-7)
 
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("kind", [dict(), dict(model_type="gpt2", dropout=0.5)])
-def test_activation_checkpointing_changes_nothing_but_what_is_kept(kind, precision):
-    """The same losses and gradients to the bit; of a block, its input alone is kept."""
-    shape = dict(width=32, heads=2, layers=3, precision=precision, **kind)
-    ids, results = torch.randint(0, 50, (8, 16)), []
-    for recomputed in (False, True):
-        s, m, kept = settings(micro_batch=4, **shape), model(sharp=5, **shape).train(), []
-        if recomputed:
-            c.checkpoint_activations(m)
-        optimizer = c.make_optimizer(m, s)
-        torch.manual_seed(0)
-        losses = c.train_step(m, optimizer, None, ids, ids.roll(-1, 1), s, 1.0)
-        gradients = [parameter.grad.clone() for parameter in m.parameters()]
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-            m(ids)
-        sizes = {x.untyped_storage().data_ptr(): x.numel() for x in kept if x.dim() == 3}
-        results.append((losses, gradients, sum(sizes.values())))
-    (losses, gradients, kept), (losses_too, gradients_too, kept_too) = results
-    assert torch.equal(losses, losses_too)
-    assert all(map(torch.equal, gradients, gradients_too))
-    assert kept_too < kept / 3
-
-
-def test_a_finished_run_is_not_shown_as_one_of_another_text_or_teacher(tmp_path):
-    """--resume of it is an error then, and its scores stay."""
-    config, out = brief_config(tmp_path), tmp_path / "runs/x"
-    other = tmp_path / "text"
-    shutil.copytree(TINY, other, ignore=shutil.ignore_patterns("blimp"))
-    text = (other / "train.txt").read_text()
-    (other / "train.txt").write_text(text[: len(text) // 2])
-    invoke("train", "-c", config, "-o", out)
-    scores = {path: path.read_bytes() for path in out.glob("blimp-*")}
-    told = invoke("train", "-c", config, "-o", out, "--resume", "--text", other, code=1).stderr
-    assert "the digest of text" in told
-    invoke("train", "-c", config, "-o", out, "--resume")
-    assert scores and all(path.read_bytes() == kept for path, kept in scores.items())
-    args = ["train", "-c", config, "--objective", "rkl", "-o", tmp_path / "runs/y"]
-    a, b = tmp_path / "runs/a", tmp_path / "runs/b"
-    for seed, folder in enumerate((a, b)):
-        invoke("train", "-c", config, "--seed", seed, "-o", folder)
-    invoke(*args, "--teacher", a)
-    told = invoke(*args, "--teacher", b, "--resume", code=1).stderr
-    assert "the digest of teachers" in told
-    invoke(*args, "--teacher", a, "--resume")
-
-
-def test_a_checkpointed_teacher_is_not_kept_in_memory(tmp_path, monkeypatch):
-    made, new = [], c.new_model
-
-    def watched(*rest):
-        left.append([block for block in made if block() is not None])
-        model = new(*rest)
-        made.extend(weakref.ref(block) for block in model.layers)
-        return model
-
-    left = []
-    monkeypatch.setattr(c, "new_model", watched)
-    args = ["--objective", "rkl", "--teachers", "1", "--activation-checkpointing"]
-    invoke("train", "-c", brief_config(tmp_path), "-o", tmp_path / "run", *args)
-    assert len(made) >= 2 and left == [[], []]
-
-
-def test_two_writers_of_one_file_do_not_mix(tmp_path):
-    """A process that writes what another one is writing leaves one of the two, whole."""
-    path, code = tmp_path / "file", "import sys, choobaca, pathlib\n"
-    code += "with choobaca.written_whole(pathlib.Path(sys.argv[1])) as f: f.write(b'B' * 9)"
-    with c.written_whole(path) as file:
-        file.write(b"A" * 5)
-        file.flush()
-        subprocess.run([sys.executable, "-c", code, path], cwd=HOME, check=True)
-        assert path.read_bytes() == b"B" * 9
-        file.write(b"A" * 5)
-    assert path.read_bytes() == b"A" * 10 and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_run_goes_on_with_activation_checkpointing(tmp_path):
-    """What memory ran out of is had again: the same weights, the same log."""
-    args = ["train", "-c", brief_config(tmp_path), "--eval-every", "3", "--save-minutes", "0"]
-    invoke(*args, "-o", tmp_path / "whole/run")
-    save = c.Journal.save
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(c.Journal, "save", lambda *rest: (save(*rest), 1 / 0))
-        with pytest.raises(ZeroDivisionError):
-            CliRunner().invoke(
-                c.cli, [*map(str, args), "-o", str(tmp_path / "run/run")], catch_exceptions=False
-            )
-    done = invoke(*args, "-o", tmp_path / "run/run", "--resume", "--activation-checkpointing")
-    assert "5 steps in" in done.stderr
-    for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "whole/run" / name).read_bytes() == (
-            tmp_path / "run/run" / name
-        ).read_bytes()
-    assert history(tmp_path / "whole/run") == history(tmp_path / "run/run")
-
-
-def test_the_student_learns_from_its_teacher_and_the_teacher_stays():
-    s = settings(objective="rkl", teachers=1, alpha=0.0, lr=3e-3, beta=1.0)
-    m, teacher = model(), model(sharp=6, seed=5).eval()
-    coach, ids = c.Coach([teacher]), torch.randint(0, 50, (8, 16))
-    before = [p.clone() for p in teacher.parameters()]
-    optimizer = c.make_optimizer(m, s)
-    losses = [c.train_step(m, optimizer, coach, ids, ids, s, 1.0)[2] for _ in range(60)]
-    assert losses[-1] < 0.5 * losses[0]
-    assert all(torch.equal(p, q) and p.grad is None for p, q in zip(teacher.parameters(), before))
-
-
-def test_held_out_loss_does_not_depend_on_the_batch(corpus):
-    m = model(V=corpus.vocabulary.size, sharp=3)
-    ids = np.asarray(corpus.dev[:1000])
-    losses = [c.held_out_loss(m, ids, settings(batch_size=size)) for size in (1, 7, 62)]
-    assert max(losses) - min(losses) < 1e-6
-    rows = torch.from_numpy(ids[: 16 * 62].astype(np.int64)).view(62, 16)
-    targets = torch.from_numpy(ids[1 : 16 * 62 + 1].astype(np.int64))
-    assert math.isclose(
-        losses[0], F.cross_entropy(logits(m, rows).flatten(0, 1), targets).item(), rel_tol=1e-5
-    )
-    assert c.held_out_loss(m, ids[:16], settings()) is None
-
-
-@pytest.mark.parametrize("teachers", [1, 2])
-def test_a_run_is_repeatable_and_looking_changes_nothing(tmp_path, teachers):
-    """The same command twice, in two folders, and once with a look at the held-out text each step:
-    the same weights of student and teachers, to the byte, and the same log. GPT-2 has dropout."""
-    config = brief_config(tmp_path, 'objective = "rkl"')
-    for name, extra in (("a", []), ("b", []), ("c", ["--eval-every", "1"])):
-        invoke("train", "-c", config, "-o", tmp_path / name / "run", "--teachers", teachers, *extra)
-    folders = {name: sorted((tmp_path / name).glob("*/model.safetensors")) for name in "abc"}
-    assert len(folders["a"]) == teachers + 1
-    for name in "bc":
-        for one, other in zip(folders["a"], folders[name]):
-            assert one.relative_to(tmp_path / "a") == other.relative_to(tmp_path / name)
-            assert one.read_bytes() == other.read_bytes(), (name, one)
-    assert history(tmp_path / "a/run") == history(tmp_path / "b/run")
-    looked = [
-        line for line in history(tmp_path / "c/run") if "dev_loss" not in line or line["step"] == 6
-    ]
-    assert looked == history(tmp_path / "a/run") and len(history(tmp_path / "c/run")) == 12
-
-
-def test_a_finished_teacher_is_used_again_and_a_changed_one_is_not(tmp_path):
-    config = brief_config(tmp_path, 'objective = "rkl"\nteachers = 1', teachers="lr = 3e-3")
-    out = tmp_path / "runs/one"
-    invoke("train", "-c", config, "-o", out)
-    (teacher,) = (tmp_path / "runs").glob("teacher-*")
-    before = (teacher / "model.safetensors").stat().st_mtime_ns
-    result = invoke(
-        "train",
-        "-c",
-        config,
-        "-o",
-        tmp_path / "runs/two",
-        "--lr",
-        "1e-3",
-        "--objective",
-        "fkl",
-        "--alpha",
-        "0.3",
-    )
-    assert (
-        "there already" in result.stderr
-        and (teacher / "model.safetensors").stat().st_mtime_ns == before
-    )
-    invoke("train", "-c", config, "-o", tmp_path / "runs/three", "--context", "16")
-    assert len(list((tmp_path / "runs").glob("teacher-*"))) == 2
-    invoke("train", "-c", config, "-o", out, "--teacher", teacher, "--overwrite")
-    record = json.loads((out / "run.json").read_text())
-    assert record["teachers"] == [str(teacher)] and record["settings"]["tokenizer"] == str(teacher)
-
-
-def test_sampled_lines_follow_the_softmax():
-    """Frequencies of first tokens and of what follows each, within four standard errors; no line
-    holds the token that ends it, or more tokens than allowed."""
-    m, draw = model(V=6, sharp=8).eval(), torch.Generator().manual_seed(0)
-    lines = c.sample_lines(m, 1, 4000, 5, draw)
-    assert len(lines) == 4000 and max(map(len, lines)) == 5 and not any(1 in line for line in lines)
-    for prefix in ([], [0], [4, 2]):
-        drawn = [
-            (line + [1])[len(prefix)]
-            for line in lines
-            if line[: len(prefix)] == prefix and len(line) < 5
-        ]
-        with torch.no_grad():
-            p = logits(m, torch.tensor([[1, *prefix]]))[0, -1].softmax(-1)
-        longest = [line for line in lines if line[: len(prefix)] == prefix and len(line) == 5]
-        drawn += [line[len(prefix)] for line in longest]
-        found = np.bincount(drawn, minlength=6) / len(drawn)
-        assert (np.abs(found - p.numpy()) < 4 * np.sqrt(0.25 / len(drawn))).all(), prefix
-
-
-@pytest.mark.parametrize("prefix", ["line", "document"])
-def test_seqkd_learns_from_its_teachers_text(tmp_path, prefix):
-    """Sampled once, whatever is trained on it; as long as the text; a text folder like any other."""
-    config = brief_config(tmp_path, f'objective = "seqkd"\nteachers = 1\nprefix = "{prefix}"')
-    text = tmp_path / "text"
-    text.mkdir()
-    lines = (TINY / "train.txt").read_text().splitlines()[:1500]
-    (text / "a.train").write_text("\n".join(lines))
-    (text / "dev.txt").write_text("\n".join(lines[:100]))
-    invoke("train", "-c", config, "--text", text, "-o", tmp_path / "runs/one")
-    (sampled,) = (tmp_path / "runs").glob("seqkd-*/sampled.train")
-    before, written = sampled.read_bytes(), sampled.stat().st_mtime_ns
-    args = ["train", "-c", config, "--text", text]
-    invoke(*args, "-o", tmp_path / "runs/two")
-    assert sampled.stat().st_mtime_ns == written
-    weights = [
-        (tmp_path / "runs" / name / "model.safetensors").read_bytes() for name in ("one", "two")
-    ]
-    assert weights[0] == weights[1]
-    invoke(*args, "-o", tmp_path / "again/one")
-    (again,) = (tmp_path / "again").glob("seqkd-*/sampled.train")
-    assert again.read_bytes() == before
-    for folder in (tmp_path / "runs", tmp_path / "again"):
-        (original,) = folder.glob("text-*/train.ids")
-        ids = sampled.with_suffix(".ids").stat().st_size / original.stat().st_size
-        assert 0.98 < ids < 1.3  # a batch of lines more, which is cut off
-    invoke(*args, "-o", tmp_path / "seed/one", "--seed", "7")
-    (other,) = (tmp_path / "seed").glob("seqkd-*/sampled.train")
-    assert other.read_bytes() != before
-    record = json.loads((tmp_path / "runs/one/run.json").read_text())
-    assert record["digests"]["text"] == c.file_digest(sampled) and record["digests"]["teachers"]
-    assert not any("kl" in line for line in history(tmp_path / "runs/one"))
-    invoke(*args[:-2], "--text", sampled.parent, "-o", tmp_path / "other/one", "--objective", "ce")
-
-
-@pytest.mark.parametrize("prefix", ["line", "document", "none"])
-def test_the_sampled_text_is_the_teachers(tmp_path, corpus, monkeypatch, prefix):
-    """What sample_lines draws, from the token that begins a line in the text, is what is learnt;
-    a teacher that has nothing to say, and one that is ruined, are one sentence each."""
-    vocabulary, s = corpus.vocabulary, settings(objective="seqkd", teachers=1, prefix=prefix)
-    said = c.encode(vocabulary, [["the dog sees it."]], prefix, np.uint16).tolist()
-    said = {"line": said[1:], "document": said[1:-1], "none": said[:-1]}[prefix]
-    starts, drawn = [], [said, []]
-    monkeypatch.setattr(
-        c, "sample_lines", lambda m, start, *rest: starts.append(start) or list(drawn)
-    )
-    c.save_model(tmp_path / "t", model(V=vocabulary.size), vocabulary)
-    teacher = c.Run("teacher", tmp_path / "t")
-    small = corpus._replace(train=corpus.train[:100])
-    found = c.sampled_corpus(teacher, small, s, tmp_path, "cpu")
-    newline = vocabulary.tokenizer.encode("\n", add_special_tokens=False).ids[-1]
-    assert set(starts) == {vocabulary.prefix_id if prefix == "line" else newline}
-    line = [vocabulary.prefix_id, *said] if prefix == "line" else [*said, newline]
-    first = [vocabulary.prefix_id] * (prefix == "document")
-    assert found.train.tolist() == (first + line * 100)[:100]
-    assert found.digests["text"] != corpus.digests["text"] and found.dev is corpus.dev
-    drawn[:] = [[], []]
-    with pytest.raises(c.click.ClickException, match="nothing but empty lines"):
-        c.sampled_corpus(teacher, small._replace(train=corpus.train[:50]), s, tmp_path, "cpu")
-    ruined = model(V=vocabulary.size)
-    with torch.no_grad():
-        ruined.head[0, 0] = math.nan
-    c.save_model(tmp_path / "t", ruined, vocabulary)
-    with pytest.raises(c.click.ClickException, match="not all finite"):
-        c.check_teacher(teacher, corpus)
-
-
-@pytest.mark.parametrize("objective", c.DIVERGENCES)
-def test_every_divergence_trains(objective):
+@every_divergence
+def test_every_divergence_trains_and_the_teacher_stays(name):
     """A student that sees nothing but the divergence comes closer to its teacher."""
-    s = settings(objective=objective, teachers=1, alpha=0.0, lr=3e-3, beta=1.0)
     m, coach = model(), c.Coach([model(sharp=6, seed=5).eval()])
-    ids, optimizer = torch.randint(0, 50, (8, 16)), c.make_optimizer(m, s)
-    losses = [c.train_step(m, optimizer, coach, ids, ids, s, 1.0)[2] for _ in range(40)]
-    assert losses[-1] < 0.7 * losses[0]
+    losses = [step_of(m, coach, objective=name, alpha=0.0, lr=3e-3)[2] for _ in range(60)]
+    assert losses[39] < 0.7 * losses[0] and losses[59] < 0.5 * losses[0]
+    for p, before in zip(coach.teachers[0].parameters(), model(sharp=6, seed=5).parameters()):
+        assert torch.equal(p, before) and p.grad is None
 
-
-def test_the_plan_gives_the_weights_and_names_what_is_idle(tmp_path):
-    """The loss as it is weighed in effect; a flag that the objective does not read is named."""
-    args = ["train", "-c", brief_config(tmp_path), "--dry-run", "-o", tmp_path / "runs/x"]
-    args += ["--teachers", "1", "--objective", "rkl", "--alpha", "0.25", "--reduction", "batchmean"]
-    result = invoke(
-        *args, "--skew", "0.2", "--beta", "0.7", "--progressive", "--mixing", "constant"
-    )
-    loss = "loss 0.25 ce + 96 rkl at temperature 2, beta 0.7 falling,"  # 0.75 * 32 * 2^2
-    assert loss in result.stdout
-    assert result.stderr.count("no part") == 1
-    assert "--skew has no part in --objective rkl" in result.stderr
-    result = invoke(*args, "--temperature", "3", "--mixing", "differentiated")
-    assert "loss 0.25 ce + 216 rkl at temperature 3," in result.stdout
-    assert "--mixing has no part" in result.stderr
-    for objective in ("ce", "seqkd"):
-        given = ["--objective", objective, "--beta", "0.3"]
-        result = invoke(*args[:6], *given, *["--teachers", "1"] * (objective == "seqkd"))
-        assert f"--beta has no part in --objective {objective}" in result.stderr
-
-
-def test_a_run_says_what_it_is(tmp_path):
-    result = invoke(
-        "train", "-c", brief_config(tmp_path), "-o", tmp_path / "run", "--prefix", "document"
-    )
-    assert (
-        "parameters" in result.stderr and "to go" in result.stderr and "held out" in result.stderr
-    )
-    assert "mean of 20 paradigms" in result.stdout and str(tmp_path / "run") in result.stdout
-    record = json.loads((tmp_path / "run/run.json").read_text())
-    assert record["settings"]["prefix"] == "document" and record["prefix_token"] == "<s>"
-    assert {"text", "tokenizer", "choobaca.py", "teachers"} == record["digests"].keys()
-    lines = history(tmp_path / "run")
-    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6, 6] and "dev_loss" in lines[-1]
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_step_in_half_precision(precision):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_step_in_half_precision(dtype):
     """Near the step in fp32; weights and gradients stay fp32; fp16's scaled gradients come back."""
-    found = {}
-    for name in ("fp32", precision):
-        s = settings(objective="rkl", teachers=1, precision=name, lr=1e-3)
-        m, draw = model(sharp=3), torch.Generator().manual_seed(0)
-        ids = torch.randint(0, 50, (8, 16), generator=draw)
-        scaler = torch.amp.GradScaler("cpu", enabled=name == "fp16")
-        coach = c.Coach([model(sharp=3, seed=5).eval()], c.step_dtype(s, "cpu"))
-        row = c.train_step(m, c.make_optimizer(m, s), coach, ids, ids.roll(-1, 1), s, 1.0, scaler)
+    found = []
+    for kind in (torch.float32, dtype):
+        m, coach = model(sharp=3), c.Coach([model(sharp=3, seed=5).eval()], kind)
+        scaler = torch.amp.GradScaler("cpu", enabled=kind == torch.float16)
+        found.append(step_of(m, coach, 1.0, kind, scaler))
+        found.append(torch.cat([p.grad.flatten() for p in m.parameters()]))
         assert all(p.dtype == p.grad.dtype == torch.float32 for p in m.parameters())
-        found[name] = row, torch.cat([p.grad.flatten() for p in m.parameters()])
-    (row, gradient), (half_row, half_gradient) = found["fp32"], found[precision]
-    assert torch.allclose(row, half_row, rtol=0.02) and not torch.equal(row, half_row)
-    assert F.cosine_similarity(gradient, half_gradient, dim=0) > 0.999
-
+    assert torch.allclose(*found[::2], rtol=0.02) and not torch.equal(*found[::2])
+    assert F.cosine_similarity(*found[1::2], dim=0) > 0.999
 
 def test_fp16_leaves_out_a_step_whose_gradient_is_too_large():
-    s, m = settings(precision="fp16"), model()
-    ids = torch.randint(0, 50, (8, 16))
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
-    before = m.head.clone()
-    row = c.train_step(m, c.make_optimizer(m, s), None, ids, ids, s, 1.0, scaler)
+    m, scaler = model(), torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    row = step_of(m, None, 1.0, torch.float16, scaler)
     assert row[0].isfinite() and not row[3].isfinite()
-    assert torch.equal(m.head, before) and scaler.get_scale() == 2.0**119
+    assert torch.equal(m.head, model().head) and scaler.get_scale() == 2.0**119
 
+# -----------------------------------------------------------------------------
+# 7. Minimal pairs
 
-def test_a_run_in_half_precision_with_half_precise_teachers(tmp_path):
-    config = brief_config(tmp_path, 'objective = "rkl"\nteachers = 1')
-    losses = {}
-    for name in ("fp32", "fp16", "bf16"):
-        out = tmp_path / name / "run"
-        invoke("train", "-c", config, "-o", out, "--teacher-precision", name)
-        assert all(line["loss"] > 0 for line in history(out)[:-1])
-        losses[name] = history(out)[-1]["dev_loss"]
-        # The teacher's own training, and how it is scored, do not depend on how it coaches.
-        (teacher,) = (tmp_path / name).glob("teacher-*/model.safetensors")
-        assert teacher.read_bytes() == next(tmp_path.glob("fp32/t*/model.safetensors")).read_bytes()
-    assert len(set(losses.values())) == 3 and max(losses.values()) - min(losses.values()) < 1e-3
-    invoke("train", "-c", config, "-o", tmp_path / "half/run", "--precision", "fp16")
-    assert abs(history(tmp_path / "half/run")[-1]["dev_loss"] - losses["fp32"]) < 0.01
+def sentences(*texts, context=""):
+    return [c.Pair((context, " " + good), (context, " " + bad), "one", "all", Path("x"), i)
+            for i, (good, bad) in enumerate(zip(texts[::2], texts[1::2]), 1)]
 
+def plain_score(m, vocabulary, text):
+    """A text alone, by lm-evaluation-harness's rule, all logits at once, in float64."""
+    given, ids = (vocabulary.tokenizer.encode(part, add_special_tokens=False).ids
+                  for part in (text[0].rstrip(), "".join(text)))
+    if not text[0]:
+        given, ids = [0], [vocabulary.prefix_id, *ids]
+    log_p = logits(m, torch.tensor([ids[:-1]]))[0].double().log_softmax(-1)
+    return log_p.gather(1, torch.tensor(ids[1:])[:, None])[len(given) - 1:].sum().item()
 
-def processes(folder: Path, *args, size: int = 2) -> list[subprocess.Popen]:
-    """A training in several processes, as torchrun starts them, each with its output in a file."""
+@every_kind
+@pytest.mark.parametrize("nodes", [1, 7, 128])
+def test_tries_score_as_one_text_at_a_time_does(vocabulary, kind, nodes, monkeypatch):
+    """Beginnings of others, equal texts, one token, odd text, contexts, rows cut anywhere."""
+    monkeypatch.setattr(c, "NODES", nodes)
+    texts = ["The dog ran.", "The dog ran", "A", "A", "The", "The dogs that the cat likes ran by.",
+             "1", "The dog ran.", "\xe9\u2028\U0001f600 x", "No.", "  two  spaces ", "A: b\nC: d"]
+    draw, words = random.Random(0), "The A dog dogs cat ran runs by the tree .".split()
+    texts += [" ".join(draw.choices(words, k=draw.randrange(1, 12))) for _ in range(200)]
+    line = '{"Context1": "A.", "Context2": "x", "Target1": "B", "Target2": "C"}'   # BabyLM's rule
+    assert c.read_pair(line, Path("x"), 1)[:2] == sentences("B", "C", context="A.")[0][:2]
+    pairs = sentences(*texts)
+    for context in ("The dog.", "The dog  "):
+        pairs += sentences("A cat saw it.", "A cat ate it.", "ran by.", "runs.", context=context)
+    m = model(V=vocabulary.size, sharp=5, **kind).eval()
+    found = c.score_pairs(m, vocabulary, pairs, "test")
+    wanted = [[plain_score(m, vocabulary, text) for text in pair[:2]] for pair in pairs]
+    assert np.allclose(found, wanted, 0, 1e-4)
+    assert found[1, 0] == found[1, 1] and found[0, 0] == found[3, 1]
+    assert c.points(found)[1] == c.points(found[:, ::-1])[1] == 1       # a tie is the good one's
+
+@pytest.mark.parametrize("bad, why", [(("", "ab " * 40), "a text has"), (("A", ""), "nothing is")])
+def test_a_text_that_cannot_be_scored_names_its_place(vocabulary, bad, why):
+    pair = sentences("A", "b", context="The")[0]._replace(bad=bad)
+    with pytest.raises(click.ClickException, match="x, line 1: " + why):
+        c.encode_pairs(vocabulary, [pair], 40)
+
+def test_the_trie_of_its_docstring():
+    doc, trie, m, trees = c.Trie.__doc__, c.Trie(), model(), []
+    table = re.search(r"node   .*?(?=\n\n)", doc, re.S)[0].splitlines()
+    nodes, words, depth, end = (line.split()[1:5] for line in table[:4])
+    words += ["barked", "ran"]
+    for text in re.findall(r'"(<s> .*?)"', doc, re.S):
+        trie.add(text, [words.index(word) for word in text.split()], 1)
+    found = [[str(x) for x in row] for row in (trie.ids, trie.depth, trie.end)]
+    edges = [(str(node), words[i]) for node, i in trie.edges]
+    assert found == [nodes, depth, end] and len(edges) == 6
+    first, second, _ = trie.sequences.values()
+    assert [edges[i] for i in first + second] == re.findall(r"\((\d), (\w+)\)", doc)
+    m.hidden = lambda ids, tree: trees.append(tree) or torch.zeros(1, 4, 32)
+    c.score_tries(m, [trie])
+    for line, word, sees in zip(table[1:], words, trees[0].sees[0, 0].tolist()):
+        assert line.split()[-5:] == [word, *(".x"[seen] for seen in sees)]
+
+def test_token_scores_are_the_log_softmax():
+    hidden, head, targets, *_ = loss_inputs()
+    several = torch.tensor([[0, 0, 0, 5, 22, 22], [3, 1, 3, 0, 56, 55]])
+    for rows, targets in ((torch.arange(23), targets), several):
+        wanted = (100 * hidden @ head.T).log_softmax(-1)[rows, targets]     # exp is infinite
+        for chunk in (1, 7, 30):
+            found = c.token_log_probabilities(100 * hidden, head, rows, targets, chunk)
+            assert alike(found, wanted, 1e-12)
+
+def test_no_array_of_all_logits_is_held_in_scoring():
+    texts = map(tuple, some_ids(240, 9, V=5000).tolist())
+    tries, m = c.build_tries({text: (text, 1) for text in texts}), model(V=5000).eval()
+    with torch.inference_mode(), Largest() as largest:
+        c.score_tries(m, tries)
+    assert largest.elements <= 256 * 5000 < sum(len(trie.ids) for trie in tries) * 5000
+
+def test_the_pair_at_the_head_of_section_7(default_run):
+    """Another machine rounds otherwise, so trains another model: the sign, and 1 nat."""
+    shown = LESSON.split("A pair, by the tiny run:")[1].splitlines()[2:4]
+    (right, gap), (wrong,) = map(numbers, shown)
+    pair = sentences(*(line[6:].split("  ")[0] for line in shown))
+    m, vocabulary = c.load_model(default_run / "runs/tiny-rkl-1-seed0", "cpu")
+    good, bad = c.score_pairs(m, vocabulary, pair, "test")[0]
+    assert np.allclose([good, bad], [right, wrong], 0, 1) and good > bad
+    assert abs(right - wrong - gap) < 0.011
+
+# -----------------------------------------------------------------------------
+# 8 to 12. Files, run folders, training
+
+import tokenize
+
+TRAIN_STEP, NO_FLAGS, AB = c.train_step, dict.fromkeys(c.KNOWN), [("A.", "B.")]
+SHAPES = [{}, {"tied": True}, {"kv_heads": 1, "rope_theta": 500.0}, {"model_type": "gpt2"},
+          {"model_type": "gpt2", "tied": True}]
+RKL = 'objective = "rkl"\nteachers = 1'
+KEYS = "sentence_good sentence_bad", "Domain Context1 Context2 Target1 Target2"
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The test's folder, with a brief.toml, made the current one."""
+    monkeypatch.chdir(brief_config(tmp_path).parent)
+    return tmp_path
+
+def train(out, flags="", code=0):
+    """The result of a training by brief.toml."""
+    return invoke("train", "-c", "brief.toml", "-o", out, *flags.split(), code=code)
+
+def weights(run):
+    return Path(run, "model.safetensors").read_bytes()
+
+def history(run):
+    """The log without its timings."""
+    lines = map(json.loads, Path(run, "log.jsonl").read_text().splitlines())
+    return [{key: line[key] for key in line if key[:3] not in ("sec", "tok")} for line in lines]
+
+def same_runs(one, other):
+    assert weights(one) == weights(other) and history(one) == history(other)
+
+def stopped(monkeypatch, after, number=signal.SIGINT):
+    """Let a signal come in the `after`-th step from now."""
+    def step(*rest, count=itertools.count(1)):
+        if next(count) == after:
+            os.kill(os.getpid(), number)
+        return TRAIN_STEP(*rest)
+
+    monkeypatch.setattr(c, "train_step", step)
+
+def write_pairs(path, *rows, **more):
+    """A file of pairs: two texts as BLiMP's lines have, or five as EWoK's, but none of EWoK's."""
+    Path(path).parent.mkdir(exist_ok=True)
+    items = [dict(zip(KEYS[len(row) > 2].split(), row)) | more for row in rows]
+    Path(path).write_text("".join(json.dumps(item) + "\n" for item in items))
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """And what two processes write at once does not mix."""
+    path = tmp_path / "x"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), c.written_whole(path) as file:
+        file.write(b"new" * (1 // 0))
+    assert path.read_text() == "old"
+    with c.written_whole(path) as file:
+        file.write(b"AAA")
+        monkeypatch.setattr(os, "getpid", lambda: 0)
+        with c.written_whole(path) as other:
+            other.write(b"BBBB")
+        assert path.read_text() == "BBBB"
+        file.write(b"AAA")
+    assert path.read_text() == "AAAAAA" and list(tmp_path.iterdir()) == [path]
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_a_saved_model_comes_back(tmp_path, vocabulary, kind):
+    m, ids = model(V=vocabulary.size, sharp=5, **kind).eval(), torch.arange(400).view(25, 16)
+    c.save_model(tmp_path, m, vocabulary)
+    back, same = c.load_model(tmp_path, "cpu")
+    assert all(map(torch.equal, m.parameters(), back.parameters())) and back.config.positions == 32
+    assert torch.equal(logits(m, ids), logits(back, ids)) and same.files == vocabulary.files
+
+def test_what_other_programs_write_is_read(tmp_path, vocabulary):
+    """Old names, masks, bf16 and shards; a theta said twice, or once as null; prefix tokens."""
+    m, path = model(V=vocabulary.size, model_type="gpt2", tied=True), tmp_path / "config.json"
+    c.save_model(tmp_path, m, vocabulary)
+    (tmp_path / "model.safetensors").unlink()
+    old = [(name, weight.detach().bfloat16()) for name, weight in m.named_parameters()]
+    c.write_safetensors(tmp_path / "a", dict(old[::2], **{"h.0.attn.bias": torch.ones(1, 1, 4, 4)}))
+    c.write_safetensors(tmp_path / "b", dict(old[1::2]))
+    c.write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"x": "a", "y": "b"}})
+    back, _ = c.load_model(tmp_path, "cpu")
+    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(back.parameters(), m.parameters()))
+    for theta in (777.0, None):
+        twice = {"rope_theta": theta, "rope_parameters": {"rope_theta": 777.0}}
+        c.write_json(path, c.to_hf_config(settings(), vocabulary) | twice)
+        assert c.from_hf_config(path)[0].rope_theta == 777.0
+    for name, roles, wanted in (("special_tokens_map", "{}", 1), ("tokenizer_config", "{}", 1),
+                                ("tokenizer_config", '{"eos_token": {"content": "</s>"}}', 2),
+                                ("special_tokens_map", '{"bos_token": "<pad>"}', 0)):
+        (tmp_path / f"{name}.json").write_text(roles)
+        assert c.load_vocabulary(tmp_path).prefix_id == wanted
+
+LLAMA = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
+GPT2 = dict(n_embd=32, n_layer=2, n_head=4, n_inner=40)
+THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}
+
+@pytest.mark.parametrize("kind, sizes", [
+    ("Llama", LLAMA), ("Llama", LLAMA | {"tie_word_embeddings": True}), ("GPT2", GPT2),
+    ("Llama", LLAMA | THETA | {"num_key_value_heads": 1})])
+def test_we_read_the_folders_of_transformers(tmp_path, vocabulary, kind, sizes):
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, kind + "Config")(vocab_size=vocabulary.size, **sizes)
+    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in theirs.parameters():
+        parameter.data *= 5 if parameter.dim() > 1 else 1
+    for shard in ("1GB", "20KB"):
+        theirs.save_pretrained(tmp_path / shard, max_shard_size=shard)
+        (tmp_path / shard / "tokenizer.json").write_bytes(vocabulary.files["tokenizer.json"])
+        ours, ids = c.load_model(tmp_path / shard, "cpu")[0], torch.arange(400).view(25, 16)
+        assert (theirs(ids).logits - logits(ours, ids)).abs().max() < 1e-5
+
+def test_a_run_is_repeatable_and_looking_changes_nothing(here):
+    """The same weights of student and teachers, to the byte, and the same log; with dropout."""
+    for name, flags in (("a", ""), ("b", ""), ("c", "--eval-every 1")):
+        train(f"{name}/run", f"--objective rkl --teachers 2 {flags}")
+    for run in {*os.listdir("a")} - {path.name for path in here.glob("a/text-*")}:
+        assert weights(f"a/{run}") == weights(f"b/{run}") == weights(f"c/{run}")
+    one, same, looked = map(history, ("a/run", "b/run", "c/run"))
+    assert one == same == [line for line in looked if "ce" in line or line["step"] == 6]
+    assert len(looked) == 12 and len(os.listdir("a")) == 4
+
+def test_a_run_says_what_it_is(here):
+    """And a dry run, how its loss is weighed in effect, and which flags change nothing."""
+    flags = "--dry-run --teachers 2 --objective rkl --alpha 0.25 --reduction batchmean --beta 0.7"
+    told = train("a", flags + " --skew 0.2 --progressive --mixing constant")
+    assert re.fullmatch(
+        "text .*\nteacher 1 .*\nteacher 2 .*\nstudent .*, loss 0.25 ce [+] 96 rkl at temperature 2,"
+        " beta 0.7 falling, 6 steps of 256 tokens, 0.0018 epochs, about 4.. words\n", told.stdout)
+    assert re.match("--skew has no effect here.\n[^-]*$", told.stderr)      # 96 = 0.75 * 32 * 2^2
+    assert "+ 216 rkl at temperature 3," in train("a", flags + " --temperature 3").stdout
+    told = train("a", "--dry-run --objective ce --beta 0.3").stderr
+    assert told.startswith("--beta has no") and not os.path.exists("a")
+    told, record = train("a", "--prefix none"), c.read_json(Path("a/run.json"))
+    assert re.search("held out.*\n.* parameters.* steps .* words\n", told.stderr)
+    assert re.search("mean of 20 paradigms(.*\n)*model +a, held-out", told.stdout)
+    assert f"{record['settings']['prefix']} {record['prefix_token']}" == "none <s>"
+    assert record["digests"].keys() == {"text", "tokenizer", "choobaca.py", "teachers"}
+    steps = [f"{line['step']}{'dev_loss' in line:d}" for line in history("a")]
+    assert steps == "10 20 30 40 50 60 61".split()
+    told = train("b", "--pairs none").stdout
+    assert re.match("model +b, held-out loss", told) and not list(here.glob("b/blimp-*"))
+
+@pytest.mark.skipif(c.fcntl is None, reason="no locks here")
+def test_what_is_finished_is_used_again_if_it_is_the_same(here, monkeypatch):
+    """Teachers; a run, at --resume; what another command trains, or has trained meanwhile."""
+    brief_config(here, RKL, "lr = 3e-3")
+    with c.locked_log(Path("r/1")):
+        assert "another process is training this run" in train("r/1", code=1).stderr
+    train("r/1")
+    (teacher,), (scores,) = here.glob("r/teacher-*"), here.glob("r/1/blimp-*")
+    before = (teacher / "model.safetensors").stat().st_mtime_ns, scores.read_bytes()
+    told = train("r/2", "--lr 1e-3 --objective fkl --alpha 0.3").stderr
+    assert f"{teacher.name}: found, reusing it" in told
+    train("r/3", "--context 16")
+    other, = {*here.glob("r/teacher-*")} - {teacher}
+    Path("a.txt").write_text((TINY / "train.txt").read_text()[:400_000])
+    for flags, wanted in (("--text .", "text is "), ("--lr 0.5", "lr is 0.5, but "),
+                          (f"--teacher {other}", "teachers is ["), ("", "found, reusing it")):
+        assert wanted in train("r/1", f"--resume {flags}", int(flags != "")).stderr
+    assert before == ((teacher / "model.safetensors").stat().st_mtime_ns, scores.read_bytes())
+    train("r/2", f"--teacher {teacher} --overwrite")
+    record, facts = c.read_json(Path("r/2/run.json")), c.read_json(teacher / "run.json")
+    assert record["teachers"] == [str(teacher)] == [record["settings"]["tokenizer"]]
+
+    def late(folder, locked=c.locked_log):
+        if folder.name == teacher.name:
+            shutil.copytree(teacher, folder)
+            os.utime(folder / "model.safetensors", (1, 1))
+        return locked(folder)
+
+    monkeypatch.setattr(c, "locked_log", late)
+    train("b/1")
+    assert os.path.getmtime(f"b/{teacher.name}/model.safetensors") == 1
+    same_runs("r/1", "b/1")
+    facts["settings"]["seed"] = 7                       # not what its name stands for
+    c.write_json(teacher / "run.json", facts)
+    assert f"seed is 0, but r/{teacher.name} was begun with 7" in train("r/4", code=1).stderr
+
+def test_held_out_loss_does_not_depend_on_the_batch(corpus):
+    m, ids = model(V=corpus.vocabulary.size, sharp=3), corpus.dev[:16 * 62 + 1]
+    losses = [c.held_out_loss(m, ids, settings(batch_size=size)) for size in (1, 7, 62)]
+    rows = torch.from_numpy(ids.astype(np.int64))
+    wanted = F.cross_entropy(logits(m, rows[:-1].view(62, 16)).flatten(0, 1), rows[1:]).item()
+    assert losses == pytest.approx([wanted] * 3) and not c.held_out_loss(m, ids[:16], settings())
+
+def test_runs_in_half_precision(here, monkeypatch):
+    """How it coaches does not change a teacher. A checkpoint holds fp16's loss scale; it falls."""
+    losses = []
+    for flag in ("teacher-precision fp32", "teacher-precision fp16", "teacher-precision bf16",
+                 "precision fp16"):
+        train(f"{flag}/run", f"--objective rkl --teachers 1 --{flag}")
+        losses.append(history(f"{flag}/run")[-1]["dev_loss"])
+    assert len({*map(weights, here.glob("teacher-*/teacher-*"))}) == 1
+    assert len({*losses}) == 4 and np.ptp(losses[:3]) < 1e-3 and np.ptp(losses) < 0.01
+    large = functools.partial(torch.amp.GradScaler, init_scale=2.0**40)
+    monkeypatch.setattr(torch.amp, "GradScaler", large)
+    train("whole", "--precision fp16 --steps 12")
+    stopped(monkeypatch, 5)
+    train("part", "--precision fp16 --steps 12", 130)
+    train("part", "--precision fp16 --steps 12 --resume")
+    same_runs("whole", "part")
+    assert not all(math.isfinite(line.get("norm", 0)) for line in history("part"))
+
+def in_two(out, flags="", codes=(0, 0), number=0):
+    """What two processes say that train one model; the second is sent a signal after a step."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    started = []
-    for rank in range(size):
-        own = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        with open(folder / f"rank{rank}.txt", "w") as output:
-            command = [sys.executable, HOME / "choobaca.py", "train", *map(str, args)]
-            started.append(subprocess.Popen(
-                command, env=os.environ | address | own, stdout=output, stderr=output, cwd=folder))
-    return started
+        port, started = str(free.getsockname()[1]), []
+    command = [sys.executable, HOME / "choobaca.py", "train", "-c", "brief.toml", "-o", out]
+    for rank in "01":
+        own = dict(os.environ, RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank, OMP_NUM_THREADS="1",
+                   MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        with open(rank, "w") as said:
+            started.append(subprocess.Popen([*command, *flags.split()], stdout=said, stderr=said,
+                                            env=own))
+    while number and not (os.path.exists(f"{out}/log.jsonl") and history(out)):
+        assert started[0].poll() is None
+        time.sleep(0.05)
+    started[1].send_signal(number)                      # 0 is none
+    assert tuple(process.wait(300) for process in started) == codes, Path("0").read_text()
+    return [Path(rank).read_text() for rank in "01"]
 
-
-def test_two_processes_train_the_model_of_one(tmp_path):
+def test_two_processes_train_the_model_of_one(here):
     """To 1e-6, teachers and micro-batches and all; only the first writes."""
-    config = brief_config(tmp_path, 'objective = "rkl"\nmicro_batch = 2', "micro_batch = 4")
+    config = brief_config(here, 'objective = "rkl"\nmicro_batch = 2', "micro_batch = 4")
     config.write_text(config.read_text().replace("dropout = 0.1", ""))
-    args = ["-c", config, "--teachers", "2"]
-    invoke("train", *args, "-o", tmp_path / "one/run")
-    for process in processes(tmp_path, *args, "-o", tmp_path / "two/run"):
-        assert process.wait(300) == 0, (tmp_path / "rank0.txt").read_text()[-2000:]
-    for one in sorted((tmp_path / "one").glob("*/model.safetensors")):
-        two = tmp_path / "two" / one.relative_to(tmp_path / "one")
-        for name, weight in c.read_safetensors(one).items():
-            gap = (weight - c.read_safetensors(two)[name]).abs()
-            if name.endswith("c_attn.bias"):  # softmax does not see a bias of all keys: AdamW moves
-                gap.chunk(3)[1].zero_()  # it by what rounding leaves of a gradient of 0
-            assert gap.max() < 1e-6, name
-    logs = [history(tmp_path / name / "run") for name in ("one", "two")]
-    assert len(logs[0]) == len(logs[1]) == 7
-    for one, two in zip(*logs):
-        assert all(math.isclose(one[key], two[key], rel_tol=1e-4) for key in one), (one, two)
-    assert "mean of" in (tmp_path / "rank0.txt").read_text()
-    assert "mean of" not in (tmp_path / "rank1.txt").read_text()
-    odd = ["--objective", "ce", "--batch-size", "9", "--micro-batch", "3"]
-    for process in processes(tmp_path, "-c", config, *odd, "-o", tmp_path / "x/r"):
-        assert process.wait(60) == 1
-    assert "2 processes cannot share --batch-size 9" in (tmp_path / "rank0.txt").read_text()
+    train("one/run", "--teachers 2")
+    assert ["mean of" in text for text in in_two("two/run", "--teachers 2")] == [True, False]
+    for path in here.glob("one/*/model.safetensors"):
+        one, two = map(c.read_safetensors, (path, Path("two", path.parent.name, path.name)))
+        for name in one:        # softmax does not see a bias of all keys: AdamW moves it by what
+            if "c_attn.bias" in name:                   # rounding leaves of a gradient 0
+                one[name].chunk(3)[1][:] = two[name].chunk(3)[1]
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
+    for one, two in zip(history("one/run"), history("two/run"), strict=True):
+        assert one == pytest.approx(two, rel=1e-4)
+    said = in_two("x", "--objective ce --batch-size 9 --micro-batch 3", (1, 1))
+    assert "2 processes cannot share --batch-size 9" in said[0]
 
+def test_two_processes_stop_and_go_on_as_one(here, monkeypatch):
+    """One signal ends both after the same step; where one is killed, the other says so and ends."""
+    in_two("whole", "--steps 300")
+    in_two("part", "--steps 300", (143, 143), signal.SIGTERM)
+    assert 0 < len(history("part")) < 300
+    assert "another number of processes" in train("part", "--steps 300 --resume", 1).stderr
+    in_two("part", "--steps 300 --resume")
+    same_runs("whole", "part")
+    said = in_two("x", "--steps 100000", (1, -9), signal.SIGKILL)
+    assert "another process of this run has ended" in said[0] and "Traceback" not in said[0]
+    received = []                       # a signal that comes while the others are asked waits
+    monkeypatch.setattr(c.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(c.dist, "all_reduce", lambda flag: received.append(signal.SIGINT))
+    assert [c.stop_signal(received, "cpu") for _ in range(2)] == [0, signal.SIGINT]
 
-def test_a_process_that_dies_ends_the_others(tmp_path):
-    args = ["-c", brief_config(tmp_path), "--steps", "100000", "-o", tmp_path / "run"]
-    first, second = processes(tmp_path, *args)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run/log.jsonl").exists() or not history(tmp_path / "run"):
-        assert first.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
-    second.kill()
-    assert first.wait(60) == 1
-    text = (tmp_path / "rank0.txt").read_text()
-    assert "another process of this run has ended" in text and "Traceback" not in text
-
-
-# Trains, is killed at a random moment, goes on, 25 times; files are written slowly. Children are
-# forked, for to import torch takes longer than all the rest.
+# Trains, is killed at a random moment, goes on, 25 times; files are written slowly.
 KILLER = """
-import glob, os, random, signal, sys, time
-import choobaca as c
-
-fsync, draw, out = os.fsync, random.Random(int(sys.argv[1])), sys.argv[2]
+import glob, os, random, signal, sys, time, torch, choobaca as c
+fsync, draw, kills, writing, status = os.fsync, random.Random(1), 0, 0, 0
 os.fsync = lambda file: (time.sleep(0.03 * (kills < 25)), fsync(file))
-files = os.path.dirname(out) + "/*/*"
-kills = writing = status = 0
-while True:
+torch.optim.AdamW([torch.zeros(1)])                 # imports what every child would
+while kills == 0 or os.WIFSIGNALED(status):
     begin, pid = time.time(), os.fork()
     if pid == 0:
         sys.stdout = sys.stderr = open(os.devnull, "w")
-        c.cli(sys.argv[3:] + ["--out", out, "--resume"])
+        c.cli([*sys.argv[1:], "-okilled/run", "--resume", f"--save-minutes={9 * (kills == 25)}"])
     if kills < 25:
-        while not any(os.path.getmtime(log) > begin for log in glob.glob(files + "log.jsonl")):
+        while not any(os.path.getmtime(log) > begin for log in glob.glob("killed/*/log.jsonl")):
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.4))
         os.kill(pid, signal.SIGKILL)
         kills += 1
     status = os.waitpid(pid, 0)[1]
-    writing += os.WIFSIGNALED(status) and bool(glob.glob(files + "state.pt.*partial"))
-    if not os.WIFSIGNALED(status):
-        break
-print(status, kills, writing)
-"""
+    writing += bool(glob.glob("killed/*/state.pt.*partial"))
+print(status, kills, writing)"""
 
-
-@pytest.mark.parametrize("teachers", [0, 2])
-def test_killed_at_any_moment_a_run_ends_as_it_would_have(tmp_path, teachers):
-    """25 times, some of them while a checkpoint is written: the same weights, to the byte, and the
-    same log. Without teachers, with accumulation; with two, of which one has dropout."""
-    extra = 'objective = "rkl"' if teachers else "micro_batch = 2"
-    config = brief_config(tmp_path, extra)
-    args = ["train", "-c", str(config), "--steps", "100", "--eval-every=7", "--save-minutes=0"]
-    args += ["--teachers", "2"] if teachers else ["--objective", "ce", "--steps", "300"]
-    run = dict(
-        cwd=HOME, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True
-    )
-    whole = [sys.executable, "choobaca.py", *args, "--out", tmp_path / "whole/run"]
-    assert subprocess.run(whole, **run).returncode == 0
-    (text,) = (tmp_path / "whole").glob("text-*")
-    shutil.copytree(text, tmp_path / "killed" / text.name)
-    killed = [sys.executable, "-c", KILLER, "1", str(tmp_path / "killed/run"), *args]
-    done = subprocess.run(killed, **run, timeout=300)
+@pytest.mark.parametrize("extra, steps", [
+    ("micro_batch = 2", 200), ('objective = "rkl"\nteachers = 2', 80)])
+def test_killed_at_any_moment_a_run_ends_as_it_would_have(here, extra, steps):
+    """25 times; the same weights and log. With accumulation, or two teachers, one with dropout."""
+    args = ["train", "-c", brief_config(here, extra), "--eval-every=7", f"--steps={steps}"]
+    own = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOME)}
+    run = functools.partial(subprocess.run, env=own, capture_output=True, text=True, timeout=300)
+    assert run([sys.executable, "-m", "choobaca", *args, "-o", "whole/run"]).returncode == 0
+    text, = here.glob("whole/text-*")
+    shutil.copytree(text, here / "killed" / text.name)
+    done = run([sys.executable, "-c", KILLER, *args])
     status, kills, writing = map(int, done.stdout.split())
     assert (status, kills) == (0, 25) and writing >= 3, (done.stdout, done.stderr)
-    for folder in sorted((tmp_path / "whole").iterdir()):
-        other = tmp_path / "killed" / folder.name
-        assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in other.iterdir())
-        if not folder.name.startswith("text"):
-            for name in ("model.safetensors", "config.json", "tokenizer.json"):
-                assert (folder / name).read_bytes() == (other / name).read_bytes()
-            assert history(folder) == history(other)
+    for name in os.listdir("whole"):
+        assert sorted(os.listdir(f"whole/{name}")) == sorted(os.listdir(f"killed/{name}"))
+        if name != text.name:
+            same_runs(f"whole/{name}", f"killed/{name}")
 
+def test_a_signal_ends_a_run_after_the_step_and_resume_goes_on(here, monkeypatch):
+    """130 for Ctrl-C, 143 for SIGTERM; also from a run that was killed at its very beginning."""
+    brief_config(here, RKL)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    for number, after, flags in ((signal.SIGINT, 6, ""), (signal.SIGTERM, 2, "--resume")):
+        stopped(monkeypatch, after, number)
+        told = train("part/x", flags, 128 + number)
+        assert re.search(f"stopped after step {after} of 6.*--resume", told.stderr)
+        assert told.stdout == "" and list(here.glob("part/teacher-*/model.safetensors"))
+        assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        Path("part/x").mkdir(exist_ok=after == 2)
+        for name in ("log.jsonl", "run.json.123.partial"):
+            Path("part/x", name).touch()
+    assert "holds an interrupted run: add --resume" in train("part/x", code=1).stderr
+    assert len(history("part/x")) == 2 and "mean of 20" in train("part/x", "--resume").stdout
+    train("whole/x")
+    same_runs("whole/x", "part/x")
+    assert {*os.listdir("whole/x")} == {*os.listdir("part/x")}
 
-def test_a_signal_ends_a_run_after_the_step_and_resume_goes_on(tmp_path, monkeypatch):
-    """130 for Ctrl-C, 143 for SIGTERM; what was learnt is kept, a changed flag is named."""
-    config, out = brief_config(tmp_path), tmp_path / "runs/x"
-    invoke("train", "-c", config, "-o", tmp_path / "whole/x")
-    args, step = ["train", "-c", config, "-o", out], c.train_step
-    for number, after, code in ((signal.SIGINT, 2, 130), (signal.SIGTERM, 2, 143)):
-        taken = []
+class Mischief:
+    """What makes a folder when it is unpickled, if anything is."""
 
-        def signalled(*rest):
-            taken.append(step(*rest))
-            if len(taken) == after:
-                os.kill(os.getpid(), number)
-            return taken[-1]
+    def __reduce__(self):
+        return os.mkdir, ("done",)
 
-        monkeypatch.setattr(c, "train_step", signalled)
-        result = invoke(*args, *["--resume"] * (number == signal.SIGTERM), code=code)
-        done = after * (1 + (number == signal.SIGTERM))
-        assert f"stopped after step {done} of 6" in result.stderr and "--resume" in result.stderr
-        assert len(taken) == after and (out / "state.pt").exists() and len(history(out)) == done
-        assert signal.getsignal(number) not in (signalled, None)
-    monkeypatch.setattr(c, "train_step", step)
-    assert "holds an interrupted run: add --resume" in invoke(*args, code=1).stderr
-    changed = invoke(*args, "--resume", "--lr", "0.5", code=1).stderr
-    assert f"--lr is 0.5, but {out} was begun with 0.003" in changed
-    other = tmp_path / "other"
-    shutil.copytree(TINY, other)
-    (other / "train.txt").write_text((TINY / "train.txt").read_text() + "a dog\n")
-    assert "the digest of text" in invoke(*args, "--resume", "--text", other, code=1).stderr
-    before = (out / "state.pt").read_bytes()
-    (out / "state.pt").write_bytes(before[: len(before) // 2])
-    assert "state.pt is damaged" in invoke(*args, "--resume", code=1).stderr
-    (out / "state.pt").write_bytes(before)
-    result = invoke(*args, "--resume")
-    assert "mean of 20" in result.stdout and not (out / "state.pt").exists()
-    one, other = (f / "model.safetensors" for f in (out, tmp_path / "whole/x"))
-    assert one.read_bytes() == other.read_bytes() and history(out) == history(tmp_path / "whole/x")
-    assert "there already" in invoke(*args, "--resume").stderr
-    assert "add --overwrite" in invoke(*args, code=1).stderr
-    assert "--lr is 0.5" in invoke(*args, "--resume", "--lr", "0.5", code=1).stderr
+def test_what_is_no_checkpoint_of_this_run_is_refused(here, monkeypatch):
+    """Nor does a pickle in it run code; nor is a step believed that none is left after."""
+    for out, flags in (("y", "--seed 1"), ("x", "")):
+        stopped(monkeypatch, 2)
+        train(out, flags + " --precision fp32", 130)
+    path, bad = Path("x/state.pt"), Mischief()
+    whole, state = path.read_bytes(), torch.load(path)
+    for wanted, harm, flags in (
+            ("lr is 0.5, but x was begun with 0.003", whole, "--lr 0.5"),
+            ("vocab-size is 301", whole, "--vocab-size 301"),
+            ("of another run", Path("y/state.pt").read_bytes(), ""), ("damaged", bad, ""),
+            ("damaged", state | {"seconds": bad}, ""), ("damaged", state | {"model": bad}, ""),
+            ("damaged", state | {"step": 6}, ""), ("damaged", whole[:-999], ""),
+            ("damaged", pickle.dumps(bad), "")):
+        path.write_bytes(harm) if isinstance(harm, bytes) else torch.save(harm, path)
+        told = train("x", flags + " --precision fp32 --resume", 1).stderr
+        assert wanted in told and not os.path.exists("done")
+    pickle.loads(harm)
+    assert os.path.exists("done")                       # and this is what it would have done
+    path.write_bytes(whole)
+    monkeypatch.setattr(c, "choose_device", lambda name: "cuda")    # pretend a GPU, up to where the
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_: module)       # checkpoint is read
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
+    assert "another kind of device" in train("x", "--precision fp32 --resume", 1).stderr
 
+def test_a_full_disk_leaves_the_last_checkpoint(here, monkeypatch):
+    """Ids, a checkpoint, a log that find no room: one sentence each, and what was there stays."""
+    def fails(limit, name):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
+        try:
+            told = train("r/x", "--resume --save-minutes 0", 1).stderr
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+        assert re.search(rf"Error: \S+{name}: File too large[.] .*room on the disk", told), told
+        assert not list(here.rglob("*.partial"))
 
-def test_a_signal_in_the_last_step_ends_the_command_too(tmp_path, monkeypatch):
-    """The teacher is whole, and the student is what --resume goes on with; so is what a run that
-    was killed at its very beginning has left."""
-    config, step = brief_config(tmp_path), c.train_step
-    args = ["train", "-c", config, "--objective", "rkl", "--teachers", "1"]
-    invoke(*args, "-o", tmp_path / "whole/x")
-    taken = []
+    fails(100_000, "[.]ids")
+    assert not list(here.rglob("*.ids")) and not os.path.exists("r/x")
+    train("r/whole")
+    stopped(monkeypatch, 1)
+    train("r/x", code=130)
+    before = Path("r/x/state.pt").read_bytes()
+    fails(100_000, "state[.]pt")
+    fails(200, "log[.]jsonl")
+    assert Path("r/x/state.pt").read_bytes() == before
+    train("r/x", "--resume")
+    same_runs("r/whole", "r/x")
 
-    def signalled(*rest):
-        taken.append(step(*rest))
-        if len(taken) == 6:
-            os.kill(os.getpid(), signal.SIGINT)
-        return taken[-1]
+def test_what_goes_wrong_in_a_run_is_said(here, saved, vocabulary, monkeypatch):
+    """Ruined weights; memory that runs out. But a fault of ours is none of the user's."""
+    def fail(*_):
+        raise error
 
-    monkeypatch.setattr(c, "train_step", signalled)
-    result = invoke(*args, "-o", tmp_path / "part/x", code=130)
-    assert "stopped after step 6 of 6" in result.stderr and result.stdout == ""
-    (teacher,) = tmp_path.glob("part/teacher-*")
-    assert (teacher / "model.safetensors").exists() and not (tmp_path / "part/x").exists()
-    (tmp_path / "part/x").mkdir()
-    (tmp_path / "part/x/log.jsonl").touch()
-    (tmp_path / "part/x/run.json.partial").touch()
-    invoke(*args, "-o", tmp_path / "part/x", "--resume")
-    one, other = (tmp_path / name / "x/model.safetensors" for name in ("whole", "part"))
-    assert one.read_bytes() == other.read_bytes() and len(taken) == 12
-
-
-def test_resume_wants_the_device_and_the_processes_of_the_begin(tmp_path, monkeypatch):
-    config, out, step = brief_config(tmp_path), tmp_path / "x", c.train_step
-
-    def stopped(*rest):
-        os.kill(os.getpid(), signal.SIGINT)
-        return step(*rest)
-
-    monkeypatch.setattr(c, "train_step", stopped)
-    invoke("train", "-c", config, "-o", out, code=130)
-    facts = json.loads((out / "run.json").read_text())
-    for changed in ({"processes": 2}, {"device": "NVIDIA H200"}):
-        (out / "run.json").write_text(json.dumps(facts | changed))
-        said = invoke("train", "-c", config, "-o", out, "--resume", code=1).stderr
-        assert "go on as it was begun" in said and (out / "state.pt").exists()
-
-
-def test_what_another_command_has_trained_meanwhile_is_kept(tmp_path, monkeypatch):
-    """Of two commands with one teacher, the second to come to it finds it whole."""
-    config, locked = brief_config(tmp_path), c.locked
-    args = ["train", "-c", config, "--objective", "rkl", "--teachers", "1", "-o"]
-    invoke(*args, tmp_path / "a/x")
-    (teacher,) = tmp_path.glob("a/teacher-*")
-
-    @contextlib.contextmanager
-    def late(folder):
-        if folder.name == teacher.name:
-            shutil.copytree(teacher, folder)
-            os.utime(folder / "model.safetensors", (1, 1))
-        with locked(folder):
-            yield
-
-    monkeypatch.setattr(c, "locked", late)
-    invoke(*args, tmp_path / "b/x")
-    kept = tmp_path / "b" / teacher.name / "model.safetensors"
-    assert kept.stat().st_mtime == 1 and (tmp_path / "b/x/model.safetensors").exists()
-
-
-def test_fp16_goes_on_with_its_loss_scale(tmp_path, monkeypatch):
-    """Its checkpoint holds the scale, too: from 2^20 it falls, and not in the same place twice."""
-    scaler = torch.amp.GradScaler
-    large = functools.partial(scaler, init_scale=2.0**40)
-    monkeypatch.setattr(torch.amp, "GradScaler", large)
-    config, step = brief_config(tmp_path), c.train_step
-    args = ["train", "-c", config, "--precision", "fp16", "--steps", "12"]
-    invoke(*args, "-o", tmp_path / "whole")
-    taken = []
-
-    def stopped(*rest):
-        taken.append(step(*rest))
-        if len(taken) == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-        return taken[-1]
-
-    monkeypatch.setattr(c, "train_step", stopped)
-    invoke(*args, "-o", tmp_path / "part", code=130)
-    invoke(*args, "-o", tmp_path / "part", "--resume")
-    assert not all(math.isfinite(line.get("norm", 0)) for line in history(tmp_path / "whole"))
-    for name in ("model.safetensors", "config.json"):
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "part" / name).read_bytes()
-
-
-def test_two_processes_stop_and_go_on_as_one(tmp_path):
-    """SIGTERM to one of them ends both after the same step, and what they learn is the same."""
-    args = ["-c", brief_config(tmp_path), "--steps", "400"]
-    for process in processes(tmp_path, *args, "-o", tmp_path / "whole"):
-        assert process.wait(300) == 0
-    first, second = processes(tmp_path, *args, "-o", tmp_path / "part")
-    while not (tmp_path / "part/log.jsonl").exists() or not history(tmp_path / "part"):
-        time.sleep(0.05)
-    second.send_signal(signal.SIGTERM)
-    assert (first.wait(60), second.wait(60)) == (143, 143), (tmp_path / "rank0.txt").read_text()
-    assert 0 < len(history(tmp_path / "part")) < 400
-    for process in processes(tmp_path, *args, "-o", tmp_path / "part", "--resume"):
-        assert process.wait(300) == 0, (tmp_path / "rank0.txt").read_text()
-    one, other = (tmp_path / name / "model.safetensors" for name in ("whole", "part"))
-    assert one.read_bytes() == other.read_bytes()
-    assert history(tmp_path / "whole") == history(tmp_path / "part")
-
-
-def test_a_signal_that_comes_while_the_others_are_asked_waits(monkeypatch):
-    """Else one process would stop, and the others go on without it."""
-    signals = []
-    monkeypatch.setattr(c, "rank_and_size", lambda: (1, 2))
-    monkeypatch.setattr(c, "sum_over_processes", lambda tensors: signals.append(signal.SIGINT))
-    assert c.stop_signal(signals, "cpu", 3) == 0
-    assert c.stop_signal(signals, "cpu", 4) == signal.SIGINT and len(signals) == 2
-
-
-@pytest.mark.skipif(c.fcntl is None, reason="no locks here")
-def test_a_second_process_in_a_run_is_refused(tmp_path):
-    config, out = brief_config(tmp_path), tmp_path / "run"
-    with c.locked(out):
-        (out / "run.json").write_text("{}")
-        code = f"import choobaca as c; c.cli(['train', '-c', {str(config)!r}, '-o', {str(out)!r}])"
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, cwd=HOME, capture_output=True, text=True)
-        assert done.returncode == 1 and "another process is training this run" in done.stderr
-    invoke("train", "-c", config, "-o", out)
-
-
-def limited(args: list, limit: int, folder: Path) -> subprocess.CompletedProcess:
-    """A command whose files may not grow beyond `limit` bytes, as on a disk that is full."""
-    code = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
-    code += "; import choobaca as c, sys; c.cli(sys.argv[1:])"
-    command = [sys.executable, "-c", code, *map(str, args)]
-    return subprocess.run(command, cwd=HOME, capture_output=True, text=True, timeout=120)
-
-
-@pytest.mark.skipif(c.resource is None, reason="no limits here")
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    """Checkpoints that are too large for it, then a log; what was there stays, and goes on."""
-    config, out, step = brief_config(tmp_path), tmp_path / "run", c.train_step
-    args = ["train", "-c", config, "-o", out, "--save-minutes", "0"]
-    invoke(*args[:-2], "-o", tmp_path / "whole")
-
-    def stopped(*rest):
-        os.kill(os.getpid(), signal.SIGINT)
-        return step(*rest)
-
-    monkeypatch.setattr(c, "train_step", stopped)
-    invoke(*args, code=130)
-    monkeypatch.setattr(c, "train_step", step)
-    before = (out / "state.pt").read_bytes()
-    for limit, name in ((len(before) // 2, "state.pt"), (200, "log.jsonl")):
-        done = limited([*args, "--resume"], limit, out)
-        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-        assert name in done.stderr and "room on the disk" in done.stderr, done.stderr
-        assert (out / "state.pt").read_bytes() == before
-        assert not list(out.glob("*.partial"))
-    invoke(*args, "--resume")
-    assert history(out) == history(tmp_path / "whole")
-    names = (out / "model.safetensors", tmp_path / "whole/model.safetensors")
-    assert names[0].read_bytes() == names[1].read_bytes()
-
-
-def test_memory_that_runs_out_names_the_flag(tmp_path, monkeypatch):
-    for error in (
-        MemoryError(),
-        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate"),
-    ):
-        monkeypatch.setattr(c, "train_step", lambda *_, error=error: (_ for _ in ()).throw(error))
-        args = ["train", "-c", brief_config(tmp_path), "-o", tmp_path / "run", "--overwrite"]
-        told = invoke(*args, code=1).stderr
-        assert "--micro-batch" in told and "--activation-checkpointing" in told
-    monkeypatch.setattr(c, "train_step", lambda *_: {}["a fault of ours"])
-    with pytest.raises(KeyError):
-        CliRunner().invoke(c.cli, [str(a) for a in args], catch_exceptions=False)
-
+    broken, _ = c.load_model(saved, "cpu")
+    broken.norm.weight.data.fill_(math.nan)
+    c.save_model(saved, broken, vocabulary)
+    write_pairs("model/pairs.jsonl", *AB)
+    assert "not finite" in invoke("eval-blimp", "-m", saved, "-d", saved, code=1).stderr
+    for flags, wanted in (("--lr 1e9 --clip 0 --steps 40", "begin again with a lower --lr"),
+                          ("--objective rkl --teacher model --context 16", "weights are not")):
+        assert wanted in train("r/a", flags + " --overwrite", 1).stderr
+    assert not list(here.glob("r/*/*.safetensors"))
+    monkeypatch.setattr(c, "train_step", fail)
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2"),
+                  RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't")):
+        assert re.search("out of memory.*--micro-batch", train("r/a", "--overwrite", 1).stderr)
+    error = KeyError("a fault of ours")
+    with pytest.raises(AssertionError, match="a fault of ours"):
+        train("r/a", "--overwrite")
 
 # -----------------------------------------------------------------------------
-# 9. Minimal pairs
+# 13 to 15. Sampling, pairs and their tables, the command line
 
+@pytest.mark.parametrize("kind", SHAPES)
+def test_writing_on_reads_no_id_twice_and_lets_rows_go_that_end(kind, monkeypatch):
+    """Each id is drawn by its probability; the likeliest are those of the whole row, read again."""
+    m, seen, draw = model(V=6, sharp=8, **kind).eval(), [], torch.Generator().manual_seed(0)
+    rows = ids = torch.randint(0, 6, (6, 9), generator=draw)
+    for tau in (0.7, 2.0):
+        drawn = torch.tensor(c.write_on(m, ids[:1].expand(4000, -1), [9], 1, draw, tau)).flatten()
+        p = (logits(m, ids[:1])[0, -1] / tau).softmax(-1)
+        assert torch.allclose(drawn.bincount(minlength=6) / 4000, p, atol=4 * (0.25 / 4000)**0.5)
+    for _ in range(20):
+        rows = torch.cat([rows, logits(m, rows)[:, -1:].argmax(-1)], 1)
+    rows, hidden, end = rows[:, 9:].tolist(), m.hidden, int(rows[0, 16])
+    m.hidden = lambda x, *rest: seen.append(x.shape) or hidden(x, *rest)
+    monkeypatch.setattr(torch, "multinomial", lambda p, *_, **__: p.argmax(-1, True))
+    found = c.write_on(m, ids, [end], 20, draw)
+    assert found == [row[:(row + [end]).index(end)] for row in rows]
+    assert {T for _, T in seen[1:]} <= {1} and sum(B for B, _ in seen[1:]) <= sum(map(len, found))
 
-def sentences(*texts: str, contexts: tuple = ("", "")) -> list[c.Pair]:
-    """Pairs of neighbours."""
-    return [
-        c.Pair((contexts[0], " " + good), (contexts[1], " " + bad), "one", "all", f"file, line {i}")
-        for i, (good, bad) in enumerate(zip(texts[::2], texts[1::2]), 1)
-    ]
+def test_sample(here, saved, vocabulary):
+    """Seeded; a line each; the prompt has a leading space, even where the tokenizer adds none."""
+    plain = vocabulary.files["tokenizer.json"].replace(b'_space": true', b'_space": false')
+    Path("model/tokenizer.json").write_bytes(plain)
+    args = ["sample", "model", "--prompt", "the dog", "--tokens", 9]
+    one, three, same, other, greedy = (invoke(*args, *more.split()).stdout for more in (
+        "", "--count 3", "--count 3", "--seed 1", "--temperature 1e-3 --count 2"))
+    assert re.fullmatch("the dog.*\n", one) and one != other and three == same
+    m, ids = c.load_model(saved, "cpu")[0], [1, *vocabulary.tokenizer.encode(" the dog").ids]
+    for _ in range(9):
+        ids.append(logits(m, torch.tensor([ids]))[0, -1].argmax().item())
+    assert greedy == (" ".join(vocabulary.tokenizer.decode(ids).split()) + "\n") * 2
+    assert len({*three.split("\n")}) == 4
+    m.head.data[0, 0] = math.nan
+    c.save_model(saved, m, vocabulary)
+    for more, wanted in (["--prompt", "a " * 40], "32 positions"), (["--tokens", 99], "not finite"):
+        told = invoke(*args, *more, code=1)
+        assert wanted in told.stderr and told.stdout == ""
 
+def test_a_sample_ends_with_its_line(saved, vocabulary, monkeypatch):
+    """At the prefix token, a line break, or any eos_token_id that is one."""
+    monkeypatch.setattr(torch, "multinomial", lambda *_, **__: torch.tensor([[drawn.pop(0)]]))
+    eos, encode = {"eos_token_id": [2, 7, None, "x", 10**9, 10**30]}, vocabulary.tokenizer.encode
+    c.write_json(saved / "config.json", c.read_json(saved / "config.json") | eos)
+    for text, end in ((" the dog ran.", 1), (" a", 2), (" A🐈", encode("\n").ids[-1]), (" a", 7)):
+        drawn = [*encode(text).ids, end, 9, 9]
+        told = invoke("sample", saved, "--prompt", "Oh,"[:end], "--tokens", "20").stdout
+        assert told == "Oh,"[:end] + text + "\n" and drawn == [9, 9]
 
-def plain_score(m, vocabulary, text: tuple[str, str]) -> float:
-    """A text alone, by lm-evaluation-harness's rule, all logits at once, in float64."""
-    given, scored = text
-    if not given:
-        ids, known = vocabulary.tokenizer.encode(scored, add_special_tokens=False).ids, 1
-        ids = [vocabulary.prefix_id, *ids]
-    else:
-        spaces = len(given) - len(given.rstrip())
-        given, scored = given.rstrip(), given[len(given) - spaces :] + scored
-        ids = vocabulary.tokenizer.encode(given + scored, add_special_tokens=False).ids
-        known = len(vocabulary.tokenizer.encode(given, add_special_tokens=False).ids)
-    log_p = logits(m, torch.tensor([ids[:-1]]))[0].double().log_softmax(-1)
-    return log_p[torch.arange(len(ids) - 1), torch.tensor(ids[1:])][known - 1 :].sum().item()
+def test_a_student_learns_from_what_its_teacher_wrote(here, saved, vocabulary, monkeypatch):
+    """Seeded draws, whole lines, as many tokens as asked for, a text folder like any other."""
+    args, texts = ["sample", "model", "--tokens", 3000, "--out"], []
+    for name, seed in (("a", 0), ("b", 0), ("c", 7)):
+        invoke(*args, name, "--seed", seed)
+        texts.append(Path(name, "sampled.train").read_text())
+    assert texts[0] == texts[1] != texts[2]
+    train("run", f"--text a --dev {TINY} --tokenizer model")
+    assert "already there" in invoke(*args, "a", code=1).stderr
+    said = [vocabulary.tokenizer.encode(text).ids for text in (" the dog sees it.", "", " a cat.")]
+    monkeypatch.setattr(c, "write_on", lambda *_: said)
+    invoke(*args, "d")
+    text = Path("d/sampled.train").read_text()
+    assert re.fullmatch("(the dog sees it.\na cat.\n)*", text)
+    assert 3000 <= len(c.encode(vocabulary, text.splitlines(), "line", np.uint16)) < 3020
+    said = [[], []]
+    assert "nothing but empty lines" in invoke(*args, "e", code=1).stderr
 
+def test_ties_means_and_groups(here, monkeypatch, capsys):
+    """A mean is that of paradigms; a tie counts, and a score that is not finite does not."""
+    for uid, term, count in (("1", "s-selection", 2), ("2", "argument_structure", 6), ("3", "", 1)):
+        write_pairs(f"p/{uid}.jsonl", *AB * count, UID=uid, linguistics_term=term)
+    write_pairs("p/._1.jsonl", *AB)                     # a Mac's, which is passed over
+    pairs = c.read_pairs(Path("p"))
+    scores = np.loadtxt("-3 -3, -1 -2, -1 -2, -2 -1, -1 -2, -2 -1, -1 -2, -2 -1, -3 -3".split(","))
+    result = c.summarise(pairs, scores)
+    rows = [*result["paradigms"].values(), result["phenomena"]["argument_structure"], result]
+    found = [f"{row['accuracy']:.4f} {row['n']} {row['ties']}" for row in rows]
+    assert found == ["1.0000 2 1", "0.5000 6 0", "1.0000 1 1", "0.7500 8 1", "0.8333 9 2"]
+    assert rows[1]["stderr"] == pytest.approx(np.std([1, 0] * 3, ddof=1) / 6**0.5)
+    table, short = (c.pairs_table({"a": result, "b": result}, paradigms=x) for x in (True, False))
+    assert re.search("argument_structure +8 +75.0 .* 75.0.*\n  1 ", table) and "\n  1 " not in short
+    scores[:4] = np.loadtxt("nan -1, -1 nan, -inf -inf, inf -1".split(","))
+    assert (c.summarise(pairs, scores)["not_finite"], c.points(scores)[:4].sum()) == (4, 0)
+    monkeypatch.setattr(c, "score_pairs", lambda *_: scores)
+    c.evaluate(None, None, pairs, here, "x", "test")
+    assert "of 9 pairs 2 have two equal scores and 4 a score" in capsys.readouterr().err
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("nodes", [1, 7, 128])
-def test_tries_score_as_one_text_at_a_time_does(vocabulary, kind, nodes, monkeypatch):
-    """Beginnings of others, equal ones, one token, odd text, many that share, rows cut anywhere."""
-    monkeypatch.setattr(c, "NODES", nodes)
-    m = model(V=vocabulary.size, sharp=5, **kind).eval()
-    texts = ["The dog ran.", "The dog ran", "A", "A", "The", "The dogs that the cat likes ran by."]
-    texts += ["The dog ran.", "\u00e9\u2028\U0001f600 x", "No cat.", "  two  spaces ", "A: b\nC: d", "1"]
-    draw = np.random.default_rng(0)
-    words = "The A dog dogs cat ran runs by the tree .".split()
-    texts += [" ".join(draw.choice(words, draw.integers(1, 12))) for _ in range(200)]
-    pairs = sentences(*texts)
-    pairs += sentences("ran by.", "runs.", "ran.", "A.", contexts=("The dog  ", "The cat"))
-    found = c.score_pairs(m, vocabulary, pairs, "test")
-    for pair, scores in zip(pairs, found):
-        for text, score in zip(pair[:2], scores):
-            assert abs(score - plain_score(m, vocabulary, text)) < 1e-4, text
-    assert found[1, 0] == found[1, 1] and found[0, 0] == found[3, 0]
-
-
-def test_a_trie_holds_no_beginning_twice():
-    """The docstring's example, with numbers for words."""
-    trie = c.Trie()
-    for i, ids in enumerate([[0, 1, 2, 4], [0, 1, 2, 5], [0, 1, 3, 4]]):
-        trie.add(i, ids, 1)
-    assert (trie.ids, trie.depth, trie.end) == ([0, 1, 2, 3], [0, 1, 2, 2], [4, 4, 3, 4])
-    assert list(trie.edges) == [(0, 1), (1, 2), (2, 4), (2, 5), (1, 3), (3, 4)]
-    assert trie.sequences == {0: [0, 1, 2], 1: [0, 1, 3], 2: [0, 4, 5]}
-
-
-def test_no_array_of_all_logits_is_held_in_scoring(vocabulary):
-    m, tries = model(V=5000).eval(), []
-    draw = np.random.default_rng(0)
-    for _ in range(8):
-        tries.append(c.Trie())
-        for i in range(30):
-            tries[-1].add(i, [1, *draw.integers(0, 5000, 9).tolist()], 1)
-    with torch.inference_mode(), Largest() as largest:
-        c.score_tries(m, tries)
-    assert largest.elements <= 256 * 5000 < sum(len(trie.ids) for trie in tries) * 5000
-
-
-def write_pairs(folder: Path, name: str, pairs: list, **keys) -> None:
-    folder.mkdir(exist_ok=True)
-    lines = [
-        json.dumps({"sentence_good": good, "sentence_bad": bad, **keys}) for good, bad in pairs
-    ]
-    (folder / name).write_text("\n".join(lines) + "\n")
-
-
-def test_ties_means_and_groups(tmp_path, vocabulary):
-    write_pairs(
-        tmp_path,
-        "one.jsonl",
-        [("A dog.", "A dog."), ("A cat.", "A cat.")],
-        UID="one",
-        linguistics_term="s-selection",
-    )
-    write_pairs(
-        tmp_path,
-        "two.jsonl",
-        [("The dog ran.", "The dog ran by."), ("The dog ran by.", "The dog ran.")] * 3,
-        UID="two",
-        linguistics_term="argument_structure",
-    )
-    write_pairs(tmp_path, "three.jsonl", [("The cat sat.", "The cat sat.")])
-    pairs = c.read_pairs(tmp_path)
-    result, scores = c.evaluate(
-        model(V=vocabulary.size, sharp=5).eval(), vocabulary, pairs, "test"
-    )
-    assert scores.shape == (9, 2)
-    rows = result["paradigms"]
-    assert [rows[uid]["accuracy"] for uid in ("one", "two", "three")] == [1.0, 0.5, 1.0]
-    assert (rows["one"]["ties"], rows["two"]["ties"], result["ties"], result["n"]) == (2, 0, 3, 9)
-    assert math.isclose(rows["two"]["stderr"], np.std([1, 0] * 3, ddof=1) / math.sqrt(6))
-    assert math.isclose(result["accuracy"], 2.5 / 3)
-    assert set(result["phenomena"]) == {"argument_structure", "three"}
-    assert result["phenomena"]["argument_structure"]["accuracy"] == 0.75
-    table = c.pairs_table({"a": result, "b": result}, paradigms=True)
-    assert "  two" in table and "  two" not in c.pairs_table({"a": result}, paradigms=False)
-    assert "argument_structure" in table and "mean of 3 paradigms" in table and "75.0" in table
-
-
-def test_filtered_blimp():
-    """A pair goes if either sentence has one of the rare words, whatever its case, as a whole."""
-    rare = set((HOME / "data/blimp_rare_words.txt").read_text().split())
-    assert len(rare) == 102
-    kept = ["The warp ran.", "A husband left."], ["Scorch it.", "Karl ran."]
-    gone = ["The dog ran.", "Karla's dog ran."], ["Ex-husbands left.", "It left."]
-    found = [c.is_filtered_out(pair, rare) for two in (*kept, *gone) for pair in sentences(*two)]
-    assert found == [False, False, True, True]
-
-
-SHARED = HOME.parent / "shared/data/blimp.tar.xz"
-
-
-@pytest.mark.skipif(not SHARED.exists(), reason="needs the real BLiMP")
-def test_filtered_blimp_has_babylms_pairs(tmp_path):
-    with tarfile.open(SHARED) as archive:
-        archive.extractall(tmp_path, filter="data")
-    (folder,) = {path.parent for path in tmp_path.rglob("*.jsonl")}
-    pairs = c.read_pairs(folder, filtered=True)
-    sizes = {uid: len(group) for uid, group in c.group_by(pairs, lambda p: p.paradigm).items()}
-    assert len(pairs) == 59_875 and len(sizes) == 67
-    assert (sizes["passive_1"], sizes["causative"], sizes["wh_island"]) == (840, 818, 960)
-    assert len({pair.phenomenon for pair in pairs}) == 12
-    assert sum(pair.good == pair.bad for pair in c.read_pairs(folder)) == 7
-    assert 6_600 <= len(c.read_pairs(folder, 6_700)) <= 6_800
-
-
-def write_ewok(folder: Path, rows: list[tuple]) -> None:
-    """Lines of EWoK's kind; no line of EWoK."""
-    folder.mkdir(parents=True, exist_ok=True)
-    keys = ("Domain", "Context1", "Context2", "Target1", "Target2")
-    lines = [json.dumps(dict(zip(keys, row))) for row in rows]
-    (folder / "made-up.jsonl").write_text("\n".join(lines) + "\n")
-
-
-def test_ewok_by_both_rules(tmp_path, vocabulary):
-    """BabyLM's: one context, two targets, no prefix token. Its authors': two contexts, one target,
-    and half a point for a tie."""
-    row = ("dogs", "The dog ran.", "The dog sat. ", "A cat saw it.", "A cat ate it.")
-    write_ewok(tmp_path, [row, ("dogs", "Same.", "Same.", "It ran.", "It sat.")])
-    m = model(V=vocabulary.size, sharp=5).eval()
-    pairs = c.read_pairs(tmp_path)
-    assert pairs[0].good == ("The dog ran.", " A cat saw it.")
-    assert pairs[0].bad == ("The dog ran.", " A cat ate it.")
-    for one, scores in zip(pairs, c.score_pairs(m, vocabulary, pairs, "test")):
-        wanted = [plain_score(m, vocabulary, text) for text in one[:2]]
-        assert np.allclose(scores, wanted, atol=1e-4) and one.phenomenon == "dogs"
-    pairs = c.read_pairs(tmp_path, contexts=True)
-    assert pairs[0].bad == ("The dog sat. ", " A cat saw it.")
-    result, scores = c.evaluate(m, vocabulary, pairs, "test", 0.5)
-    assert scores[1, 0] == scores[1, 1] and result["ties"] == 1
-    assert result["accuracy"] == (float(scores[0, 0] > scores[0, 1]) + 0.5) / 2
-    assert "half a point each" in c.pairs_table({"a": result}, paradigms=True)
-
-
-def test_every_suite_at_once_and_the_papers_values(tmp_path, saved):
-    write_pairs(tmp_path / "blimp", "a.jsonl", [("A dog ran.", "A dog run."), ("A", "B")])
-    write_pairs(tmp_path / "supplement", "hypernym.jsonl", [("It is a dog.", "It is a dogs.")])
-    write_ewok(tmp_path / "ewok", [("made-up", "Hush.", "Hush!", "Unspeakable one.", "Hidden.")])
-    args = ["eval-blimp", "-m", saved, "-d", tmp_path, "--suite", "all"]
-    result = invoke(*args, "--paper")
-    for shown in ("hypernym", "made-up", "RV-1-24+", "48.9", "come from different runs"):
-        assert shown in result.stdout, shown
-    found = json.loads(invoke(*args, "--json").stdout)
-    assert list(found["suites"]) == ["blimp", "supplement", "ewok"]
-    assert found["suites"]["supplement"]["paradigms"]["hypernym"]["n"] == 1
-    assert [found["suites"][name]["prefix_token"] for name in c.SUITES] == ["<s>", "<s>", None]
-    kept = [path.read_text() for suite in c.SUITES for path in saved.glob(f"{suite}-*.jsonl")]
-    assert len(kept) == 3
-    kept = "".join(kept)
-    assert "Unspeakable" not in kept + result.output and "dog" not in kept
-    (tmp_path / "ewok/made-up.jsonl").unlink()
-    assert "ewok is left out" in invoke(*args).stderr
-    args[4] = tmp_path / "ewok"
-    assert "holds none of blimp, supplement, ewok" in invoke(*args, code=1).stderr
-    assert [len(c.read_published(suite)) for suite in c.SUITES] == [13, 6, 12]
-    assert c.read_published("blimp")["mean"]["RV-1-24"] == "69.0"
-
-
-def test_ties_and_lost_scores_are_counted_and_said(capsys):
-    scores = np.array([[-1.0, -2.0], [-3.0, -3.0], [math.nan, -1.0], [-2.0, -1.0], [-math.inf] * 2])
-    result = c.summarise(sentences(*"ABCDEFGHIJ"), scores)
-    assert (result["accuracy"], result["ties"], result["not_finite"]) == (0.4, 2, 2)
-    pairs = sentences("A", "A", "A.", "B.")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(c, "score_pairs", lambda *_: np.array([[-1.0, -1.0], [math.nan, -1.0]]))
-        c.evaluate(None, None, pairs, "test")
-    said = capsys.readouterr().err
-    assert "1 of 2 pairs have two equal scores" in said and "no finite number" in said
-
-
-@pytest.mark.parametrize("gained, lost", [(0, 0), (1, 0), (9, 3), (40, 61), (5000, 4800)])
-def test_mcnemar_is_a_fair_coin(gained, lost):
-    n, k = gained + lost, min(gained, lost)
-    wanted = min(1, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
-    assert math.isclose(c.mcnemar(gained, lost), wanted, rel_tol=1e-9)
-
-
-@pytest.mark.parametrize("P", [67, 20, 5, 2])
-@pytest.mark.parametrize("spread", [0.0, 0.08])
-def test_an_interval_covers_what_is_true_as_often_as_it_says(P, spread):
-    """Paradigms differ by `spread` in how much better the second model is there, and the mean of
-    all that might have been drawn is known here. 95 % within the error of 300 trials; of two
-    paradigms it may be less."""
-    draw, covered = np.random.default_rng(1), 0
-    for trial in range(300):
-        effects = 0.03 + spread * draw.standard_normal(P)
-        better, worse = (0.2 + effects) / 2, (0.2 - effects) / 2
-        chances = np.clip(np.stack([better, worse, 1 - better - worse], 1), 0, 1)
-        counts = [draw.multinomial(300, chance / chance.sum()) for chance in chances]
-        gaps = [np.repeat([1.0, -1.0, 0.0], count) for count in counts]
-        low, high = c.confidence_interval(gaps, 200, trial)
-        covered += low <= 0.03 <= high
-    assert (0.91 if P > 2 else 0.8) < covered / 300 < 0.985, covered / 300
-
-
-def test_compare(tmp_path, vocabulary):
-    """A model against one that guesses, against its like, against itself; and what cannot be."""
-    pairs = [
-        c.Pair(("", f" {i}"), ("", f" {i}b"), f"p{i % 10}", f"term{i % 2}", f"a.jsonl, line {i}")
-        for i in range(2000)
-    ]
-    draw = np.random.default_rng(0)
-    for name, sure in (("guess", 0.5), ("good", 0.8), ("same", 0.8)):
-        c.save_model(tmp_path / name, model(V=vocabulary.size), vocabulary)
-        right = draw.random(2000) < sure
-        c.keep_scores(
-            tmp_path / name, "blimp", pairs, np.where(right[:, None], [-1.0, -2.0], [-2.0, -1.0])
-        )
-    guess, good, same = (str(tmp_path / name) for name in ("guess", "good", "same"))
-    rows = json.loads(invoke("compare", guess, good, same, "--json").stdout)
-    assert [each["other"] for each in rows] == [good, same]
-    assert [row["phenomenon"] for row in rows[0]["rows"]] == ["term0", "term1", "all"]
-    assert all(row["verdict"] == "better" and row["p"] < 1e-9 for row in rows[0]["rows"])
-    one = c.Judged([("term", "p", 1)], np.ones(1)), c.Judged([("term", "p", 1)], np.zeros(1))
-    assert {row["verdict"] for row in c.compare_scores(*one, 100, 0)} == {
-        "not distinguishable on these pairs"
-    }
-    whole = rows[0]["rows"][-1]
-    assert math.isclose(whole["difference"], whole["other"] - whole["first"])
-    assert whole["low"] < 0.3 < whole["high"] and whole["n"] == 2000 and whole["paradigms"] == 10
-    assert "worse" in invoke("compare", good, guess).stdout
-    assert invoke("compare", good, good).stdout.count("+0.00 (  +0.00 to   +0.00)") == 3
-    for other in (same, good):
-        whole = invoke("compare", good, other).stdout.splitlines()[-4]
-        assert whole.startswith("all") and whole.endswith("not distinguishable")
-    assert invoke("compare", guess, good).stdout == invoke("compare", guess, good).stdout
-    c.keep_scores(Path(same), "blimp", pairs[:3], np.zeros((3, 2)))  # a sample replaces nothing
-    (file,) = (path.name for path in Path(good).glob("blimp-*.jsonl"))
-    assert len(list(Path(same).glob("blimp-*.jsonl"))) == 2
-    assert invoke("compare", guess, same, "--json").exit_code == 0
-    lines = (Path(same) / file).read_text().splitlines()
-    turned, empty = [lines[0], *lines[:0:-1]], [lines[0].replace('"pairs"', '"x"'), *lines[1:]]
-    for damage, wanted in (
-        (lines[:-1], "is damaged"),
-        (["[]"], "is damaged"),
-        (empty, "is damaged"),
-        (turned, "name other pairs"),
-    ):
-        (Path(same) / file).write_text("\n".join(damage))
-        assert wanted in invoke("compare", good, same, code=1).stderr
-    (Path(same) / file).unlink()
-    assert "no same pairs of blimp" in invoke("compare", good, same, code=1).stderr
-    c.save_model(Path(good), model(V=vocabulary.size, seed=1), vocabulary)
-    assert "other weights" in invoke("compare", good, guess, code=1).stderr
-    assert "not a folder" in invoke("compare", good + "x", guess, code=1).stderr
-
+def test_every_suite_at_once(here, saved):
+    """EWoK's text is in no file and no output of ours."""
+    write_pairs("blimp/a.jsonl", ("A dog ran.", "A dog run."))
+    write_pairs("supplement/hypernym.jsonl", ("It is a dog.", "It is a dogs."))
+    write_pairs("ewok/x.jsonl", ("made-up", "Hush.", "Hush!", "Unsaid.", "Hid."))
+    args = ["eval-blimp", "-m", "model", "--suite", "all", "-d"]
+    told, found = invoke(*args, ".").output, json.loads(invoke(*args, ".", "--json").stdout)
+    names = [[*found["suites"][name]["paradigms"]] for name in c.SUITES]
+    assert names == [["a"], ["hypernym"], ["made-up"]]
+    kept = [path.read_text() for name in c.SUITES for path in saved.glob(f"{name}-*.jsonl")]
+    assert len(kept) == 3 and not re.search("Unsaid|Hush|dog", told + "".join(kept))
+    shutil.rmtree("ewok")
+    assert "ewok is left out" in invoke(*args, ".").stderr
+    assert "holds none of blimp, supplement, ewok" in invoke(*args, "blimp", code=1).stderr
 
 def test_a_sample_has_the_same_share_of_each_paradigm():
     pairs, some = c.read_pairs(TINY / "blimp"), c.read_pairs(TINY / "blimp", 200)
-    assert len(pairs) == 2000 and len(some) == 200 and set(some) <= set(pairs)
-    assert {len(group) for group in c.group_by(some, lambda pair: pair.paradigm).values()} == {10}
-    assert (
-        some == c.read_pairs(TINY / "blimp", 200) and c.read_pairs(TINY / "blimp", 10**6) == pairs
-    )
+    assert len(pairs) == 2000 and {*some} < {*pairs} and some == c.read_pairs(TINY / "blimp", 200)
+    groups = c.group_by(some, lambda pair: pair.paradigm).values()
+    assert [*map(len, groups)] == [10] * 20 and pairs == c.read_pairs(TINY / "blimp", 9999)
 
+@pytest.mark.parametrize("gained, lost", [(0, 0), (1, 0), (9, 3), (40, 61), (1000, 900)])
+def test_mcnemar_is_a_fair_coin(gained, lost):
+    n, k = gained + lost, min(gained, lost)
+    wanted = min(1, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
+    assert c.mcnemar(gained, lost) == pytest.approx(wanted, rel=1e-9)
 
-def test_the_default_run_and_its_scores(default_run):
-    """The README's two commands: teacher at least 90 % and student at least 85 % of the pairs."""
-    overall = re.search(
-        r"mean of 20 paradigms +2,000 +([\d.]+) ± +[\d.]+ +([\d.]+)",
-        (default_run / "out.txt").read_text(),
-    )
-    teacher, student = map(float, overall.groups())
-    assert teacher >= 90 and 85 <= student <= 98
-    done = subprocess.run(
-        [sys.executable, HOME / "choobaca.py", "eval-blimp", "--json", "-d", TINY / "blimp"],
-        cwd=default_run,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    result = json.loads(done.stdout)
-    assert (
-        result["model"] == "runs/tiny-rkl-1-seed0" and round(100 * result["accuracy"], 1) == student
-    )
-    assert result["n"] == 2000 and set(result["paradigms"]["npi_scope"]) == {
-        "accuracy",
-        "n",
-        "stderr",
-        "ties",
-        "phenomenon",
-        "not_finite",
-    }
+@pytest.mark.parametrize("P, spread", [*itertools.product((67, 20, 5, 2), (0.0, 0.08)), (1, 0.0)])
+def test_an_interval_covers_what_is_true_as_often_as_it_says(P, spread):
+    """95 %, within the error of 300 trials, where paradigms are better by 0.03, give or take."""
+    draw, covered = np.random.default_rng(1), 0
+    for _ in range(300):
+        effects = 0.03 + spread * draw.standard_normal(P)
+        chances = np.stack([0.2 + effects, 0.2 - effects, np.full(P, 1.6)], 1).clip(0)
+        counts = [draw.multinomial(300, chance / chance.sum()) for chance in chances]
+        low, high = c.confidence_interval([np.repeat([1, -1, 0.0], n) for n in counts])
+        covered += low <= 0.03 <= high
+    assert 0.91 < covered / 300 < 0.985
 
+def test_compare(here, vocabulary):
+    """A model against one that guesses, against its like, against itself; and what cannot be."""
+    pairs = [c.Pair(("", f" {i}"), ("", f" {i}b"), f"p{i % 10}", f"term{i % 2}", here, i)
+             for i in range(2000)]
+    for seed, name in enumerate(("guess", "good", "same")):
+        c.save_model(Path(name), model(V=vocabulary.size), vocabulary)
+        wrong = np.random.default_rng(seed).random(2000) > (0.8 if seed else 0.5)
+        scores = np.stack([-1.0 - 2 * wrong, np.full(2000, -2.0)], 1)
+        c.keep_scores(Path(name), "blimp", pairs, scores)
+    rows = "(.*\n){3}term0 .* better\nterm1 .* better\nall .* better\n\n"
+    told = invoke("compare", "guess", "good", "same").stdout
+    assert re.match(f"good against guess{rows}same against guess{rows}Better or worse", told)
+    whole = json.loads(invoke("compare", "guess", "good", "--json").stdout)[0]["rows"][-1]
+    assert whole["difference"] == pytest.approx(whole["other"] - whole["first"])
+    assert whole["low"] < 0.3 < whole["high"] and whole["p"] < 1e-9 and whole["n"] == 2000
+    one = [c.Scores([("term", "p", 1)], np.array([x])) for x in (1.0, 0.0)]
+    assert "not distinguishable on these pairs" == c.compare_scores(*one)[-1]["verdict"]
+    for other, wanted in (("guess", "all .* worse"), ("same", "all .*not distinguishable"),
+                          ("good", r"(.*\+0.00 \(  \+0.00 to   \+0.00\).*\n){3}")):
+        assert re.search(wanted, invoke("compare", "good", other).stdout)
+    path, = here.glob("same/blimp-*.jsonl")
+    c.keep_scores(Path("same"), "blimp", pairs[:3], np.zeros((3, 2)))   # a sample replaces nothing
+    head, *lines = path.read_text().splitlines()
+    long = lines[0].replace("-2.0", "-2" + "0" * 400)
+    for damaged, wanted in (([head, *lines[1:]], "cut off"), ([head, *lines[::-1]], "other pairs"),
+                            ([head, long, *lines[1:]], "is damaged"), (["[]"], "is damaged")):
+        path.write_text("\n".join(damaged))
+        assert wanted in invoke("compare", "good", "same", code=1).stderr
+    c.save_model(Path("good"), model(V=vocabulary.size, seed=1), vocabulary)
+    assert "of other weights" in invoke("compare", "good", "guess", code=1).stderr
 
-# -----------------------------------------------------------------------------
-# 10. The command line
-
-
-def test_defaults_then_toml_then_flags(tmp_path):
-    config = brief_config(tmp_path, "clip = 0.5\nalpha = 0.25", teachers="clip = 0.75")
-    flags = {field.name: None for field in dataclasses.fields(c.Settings)}
-    one, _ = c.read_settings(config, flags, [])
-    assert (one.clip, one.alpha, one.beta2, one.objective) == (0.5, 0.25, 0.999, "ce")
-    two, teachers = c.read_settings(
-        config, flags | {"clip": 2.0, "objective": "rkl", "teachers": 2, "seed": 3}, []
-    )
-    assert (two.clip, two.alpha, two.seed) == (2.0, 0.25, 3)
-    assert [(t.clip, t.alpha, t.objective, t.teachers, t.seed, t.width) for t in teachers] == [
-        (0.75, 0.5, "ce", 0, 3, 48)
-    ] * 2
-
-
-NO_FLAGS = {field.name: None for field in dataclasses.fields(c.Settings)}
-
-
-def test_every_shipped_config_is_read():
-    listed = json.loads(invoke("configs", "--json").stdout)
-    assert sorted(listed) == [f"configs/{p.name}" for p in sorted((HOME / "configs").iterdir())]
-    for path in sorted((HOME / "configs").glob("*.toml")):
-        assert listed[f"configs/{path.name}"].endswith(".")
-        assert f"{listed[f'configs/{path.name}']}\n" in invoke("configs").stdout
-        flags = NO_FLAGS | {"teachers": 1, "objective": "rkl"}
-        student, teachers = c.read_settings(path, flags, [])
-        V = student.vocab_size
-        assert c.count_parameters(c.empty_model(teachers[0], V)) > c.count_parameters(
-            c.empty_model(student, V)
-        )
-
-
-def test_the_twelve_models_of_table_1():
-    """Row by row, what the paper's Table 1 says of each: objective, teachers, data, techniques."""
-    names = [f"{kind}-{n}-{year}" for kind in ("fw", "rv") for year in (23, 24) for n in (2, 1)]
-    names += [f"rv-{n}-{year}-plus" for year in (23, 24) for n in (2, 1)]
-    for row, name in enumerate(names, 1):
-        path, (kind, n, year, *plus) = HOME / f"configs/{name}.toml", name.split("-")
-        assert path.read_text().startswith(f"# Table 1, row {row}: ")
-        s, teachers = c.read_settings(path, NO_FLAGS, [])
-        assert s.objective == {"fw": "fkl", "rv": "rkl"}[kind] and s.teachers == int(n)
-        assert f"babylm-20{year}/" in s.text and f"babylm-20{year}/" in s.dev
-        assert s.beta == (1.0 if kind == "fw" else 0.7) and s.progressive == bool(plus)
-        assert [t.model_type for t in teachers] == ["llama", "gpt2"][: int(n)]
-        for t in teachers:
-            assert (t.objective, t.batch_size, t.epochs, t.text) == ("ce", 128, 4, s.text)
-        shared = c.read_settings(HOME / "configs/paper.toml", NO_FLAGS, [])[0]
-        own = ("objective", "teachers", "beta", "progressive", "text", "dev")
-        assert dataclasses.replace(s, **{key: getattr(shared, key) for key in own}) == shared
-
-
-def test_a_config_stands_on_another(tmp_path):
-    base = brief_config(tmp_path, "temperature = 3.0\nalpha = 0.25")
-    (tmp_path / "sub").mkdir()
-    child = tmp_path / "sub/child.toml"
-    child.write_text('base = "../brief.toml"\nalpha = 0.75\nobjective = "rkl"\nteachers = 2')
-    s, teachers = c.read_settings(child, NO_FLAGS, [])
-    assert (s.temperature, s.alpha, len(teachers), teachers[0].width) == (3, 0.75, 2, 48)
-    child.write_text(
-        'base = "../brief.toml"\nteachers = 1\nobjective = "rkl"\n[[teacher]]\nwidth = 64'
-    )
-    assert [t.width for t in c.read_settings(child, NO_FLAGS, [])[1]] == [64]
-    base.write_text('base = "sub/child.toml"')
+def test_defaults_then_base_then_toml_then_flags(here):
+    """Teachers are merged one by one, by place; a path is taken from its own file's folder."""
+    base, child = brief_config(here, 'clip = 3.0\nalpha = 0.25\ndev = "mine"'), here / "s/x"
+    child.parent.mkdir()
+    child.write_text('base = "../brief.toml"\nalpha = 0.75\nobjective = "rkl"\nteachers = 2\n'
+                     "[[teacher]]\nclip = 0.5\n[[teacher]]\nwidth = 64\n[[teacher]]\nwidth = 16")
+    s, teachers = c.read_settings(child, NO_FLAGS | {"seed": 3, "warmup": 1}, [])
+    assert f"{s.clip} {s.alpha} {s.beta2} {s.seed} {s.warmup}" == "3.0 0.75 0.999 3 1"
+    own = [f"{t.width} {t.clip} {t.tied} {t.alpha} {t.objective} {t.teachers} {t.seed} {t.dev}"
+           for t in teachers]
+    assert own == [f"{first} 0.5 ce 0 3 {here}/mine" for first in ("48 0.5 False", "64 3.0 True")]
+    assert [table["width"] for table in c.read_config(child)[1]] == [48, 64, 16]
+    base.write_text('base = "s/x"')
     with pytest.raises(click.ClickException, match="is its own base"):
         c.read_settings(child, NO_FLAGS, [])
 
+def test_the_shipped_configs():
+    """Row by row, what the paper's Table 1 says of the twelve models. Teachers are larger."""
+    names = [f"{kind}-{n}-{year}{plus}" for kind, plus in (("fw", ""), ("rv", ""), ("rv", "-plus"))
+             for year in (23, 24) for n in (2, 1)]
+    files = {path.stem: path for path in (HOME / "configs").iterdir()}
+    found = {name: c.read_settings(path, NO_FLAGS, []) for name, path in files.items()}
+    assert found.keys() == {*names, "paper", "small", "tiny"}
+    for s, teachers in found.values():
+        small, large = (c.empty_model(each, s.vocab_size) for each in (s, teachers[0]))
+        assert c.count_parameters(small) < c.count_parameters(large)
+    for row, name in enumerate(names, 1):
+        (s, teachers), (kind, n, year, *plus) = found[name], name.split("-")
+        text, dev = (f"{HOME}/data/babylm-20{year}/{part}-clean" for part in ("train_10M", "dev"))
+        assert s == dataclasses.replace(
+            found["paper"][0], objective={"fw": "fkl", "rv": "rkl"}[kind], teachers=int(n),
+            beta=1.0 if kind == "fw" else 0.7, progressive=bool(plus), text=text, dev=dev)
+        own = [f"{t.model_type} {t.objective} {t.batch_size} {t.epochs} {t.text}" for t in teachers]
+        assert own == [f"{kind} ce 128 4 {text}" for kind in ("llama", "gpt2")][:int(n)]
+        assert files[name].read_text().startswith(f"# Table 1, row {row}: ")
 
 def test_every_flag_has_help_and_stands_once():
     for name, command in c.cli.commands.items():
         flags = [flag for option in command.params for flag in option.opts + option.secondary_opts]
-        assert len(flags) == len(set(flags))
-        options = [option for option in command.params if isinstance(option, click.Option)]
-        assert all(option.help and "." in option.help for option in options)
-        assert "Example:" in invoke(name, "--help").output
-
-
-def bad_inputs(folder: Path):
-    """Each: what the user did, the command, what the one sentence must name."""
-    train = ["train", "-c", brief_config(folder), "-o", folder / "out"]
-    text = folder / "text"
-    text.mkdir()
-
-    def holds(name, content):
-        (text / name).write_bytes(content)
-        return [*train, "--text", text]
-
-    def toml(content):
-        path = folder / "bad.toml"
-        path.write_text(content)
-        return ["train", "-c", path, "-o", folder / "out"]
-
-    yield [*train, "--text", folder / "nowhere"], "nowhere is not a folder"
-    yield [*train, "--text", text], "holds no *.train"
-    yield holds("a.txt", b""), "a.txt is empty"
-    yield holds("a.txt", b"good \xff bad"), "byte 5 is 0xff"
-    yield holds("a.txt", b"too short\n"), "less than a batch"
-    yield toml("betta = 1"), "unknown key 'betta'; did you mean 'beta'?"
-    yield toml("lr = 'fast'"), "lr is 'fast': expected float"
-    yield toml("layers = 2.5"), "layers is 2.5: expected int"
-    yield toml("layers = true"), "layers is True: expected int"
-    yield toml("lr = nan"), "lr is nan"
-    yield toml("lr = "), "is not TOML"
-    yield toml("teacher = 3"), "under [[teacher]]"
-    yield toml("base = 3"), "base is 3: expected the name"
-    yield toml('base = "bad.toml"'), "is its own base"
-    yield toml('base = "nowhere.toml"'), "nowhere.toml: No such file"
-    yield toml("[[teacher]]\ntext = 'x'"), "teacher 1: unknown key 'text'"
-    yield toml(f"lr = 1{'0' * 400}"), "lr is 1000"
-    yield toml('text = "a\\u0000b"'), "without a NUL"
-    yield (
-        [*train, "--seed", "18446744073709551616"],
-        "--seed is 18446744073709551616: expected 0 to",
-    )
-    yield [*train, "--objective", "rkl", "--teacher", "a", "--teacher", "a"], "two different ones"
-    yield [*train, "--objective", "rkl", "--teacher", "a", "--teachers", "2"], "to be their number"
-    yield toml("[[teacher]]\nwidht = 3"), "teacher 1: unknown key 'widht'; did you mean 'width'?"
-    yield ["train", "-c", folder / "none.toml"], "none.toml: No such file"
-    yield [*train, "--objective", "magic"], "'magic' is not one of 'ce', 'seqkd', 'fkl'"
-    yield [*train, "--objective", "rkl", "--teachers", "3"], "--teachers is 3: expected 0 to 2"
-    yield [*train, "--objective", "rkl"], "needs a teacher"
-    yield [*train, "--objective", "seqkd"], "needs a teacher"
-    yield [*train, "--objective", "seqkd", "--teachers", "2"], "one teacher, not of 2"
-    yield (
-        [*train, "--objective", "akl", "--teachers", "1", "--mixing", "differentiated"],
-        "for fkl, rkl, skl, srkl, not for akl",
-    )
-    yield (
-        [*train, "--objective", "skl", "--teachers", "1", "--skew", "1"],
-        "--skew is 1.0: expected",
-    )
-    yield ["bench", "--objective", "seqkd"], "'seqkd' is not one of"
-    yield ["bench", "--vocab-size", "1000000000000000"], "is not in the range 3<=x<="
-    yield [*train, "--objective", "ce", "--teachers", "1"], "has no teacher"
-    yield [*train, "--heads", "5"], "5 heads do not divide the width 32"
-    yield [*train, "--micro-batch", "3"], "--micro-batch 3 does not divide --batch-size 8"
-    yield [*train, "--lr", "-1"], "--lr is -1.0: expected 0"
-    yield [*train, "--lr", "fast"], "'fast' is not a valid float"
-    yield [*train, "--dropout", "nan"], "--dropout is nan"
-    yield [*train, "--tokenizer", folder / "nowhere"], "nowhere: No such file"
-    yield [*train, "--pairs", folder], "holds no *.jsonl"
-    yield ["eval-blimp", "-m", folder / "nowhere"], "nowhere is not a folder"
-    yield ["eval-blimp"], "no finished run in runs/"
-
-
-def test_bad_input_is_one_sentence_and_nothing_is_left(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for args, wanted in bad_inputs(tmp_path):
-        result = CliRunner().invoke(c.cli, [str(arg) for arg in args])
-        assert isinstance(result.exception, SystemExit) and result.exit_code in (1, 2), (
-            args,
-            result.exception,
-        )
-        assert wanted in result.stderr and result.stdout == "", (args, result.stderr)
-        assert len(result.stderr.split("Error: ")[1].strip().splitlines()) == 1, result.stderr
-        assert not (tmp_path / "out").exists(), args
-
-
-def some_run(folder: Path, vocabulary, right: float = 0.8, objective: str = "drkl") -> Path:
-    """A finished run as the report finds it: 40 steps, two held-out losses, scores of 200 pairs."""
-    c.save_model(folder, model(V=vocabulary.size), vocabulary)
-    own = dataclasses.asdict(settings(objective=objective, teachers=int(objective != "ce")))
-    teachers = [] if objective == "ce" else ["runs/coach"]
-    c.write_json(folder / "run.json", {"settings": own, "teachers": teachers})
-    lines = [{"step": 20, "dev_loss": 3.5}, {"step": 40, "dev_loss": 3.25}]
-    for step in range(1, 41):
-        line = {"step": step, "loss": 8 / step, "ce": 9 / step, "lr": 1e-3 / step}
-        line |= {"kl": 2 / step, "beta": 1.0} if objective != "ce" else {}
-        lines.insert(-1, line | {"tokens_per_second": 1234.5})
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    pairs = [
-        c.Pair(("", f" {i}"), ("", f" {i}b"), f"p{i % 4}", f"term_{i % 2}", f"a.jsonl, line {i}")
-        for i in range(200)
-    ]
-    sure = np.arange(200)[:, None] < 200 * right
-    c.keep_scores(folder, "blimp", pairs, np.where(sure, [-1.0, -2.0], [-2.0, -1.0]))
-    return folder
-
-
-def table_of(page: str) -> list[list[str]]:
-    """The texts in the cells of a report's table."""
-    rows = page.split("</table>")[0].split("<tr>")[1:]
-    texts = [re.findall(r"<t[dh][^>]*>(.*?)(?=<t[dh]|$)", row, re.S) for row in rows]
-    return [[html.unescape(re.sub("<[^>]*>", "", text)) for text in row] for row in texts]
-
-
-def test_a_report_shows_what_the_runs_are(tmp_path, vocabulary):
-    alone = some_run(tmp_path / "x-ce-0", vocabulary, 0.5, "ce")
-    drkl = some_run(tmp_path / "x-drkl-1", vocabulary)
-    done = invoke("report", alone, drkl)
-    assert done.stdout == f"{alone / 'report.html'}\n" and done.stderr == ""
-    page = (alone / "report.html").read_text()
-    size = f"{c.count_parameters(model(V=vocabulary.size)):,}"
-    loss, ce, kl = (f"{np.mean([top / i for i in range(21, 41)]):.3f}" for top in (8, 9, 2))
-    first = ["parameters", "objective", "teachers", "steps", "loss", "ce", "kl"]
-    objective = "0.5 ce + 2 drkl at temperature 2, gamma 0.5"
-    assert table_of(page) == [
-        ["run", *first, "dev loss", "tokens per second", "blimp, %"],
-        [f"● x-ce-0{alone}", size, "ce", "none", "40", loss, ce, ""]
-        + ["3.250", "1,234", "50.0 ± 3.6"],
-        [f"● x-drkl-1{drkl}", size, objective, "coach", "40", loss, ce, kl]
-        + ["3.250", "1,234", "80.0 ± 2.9"],
-    ]
-    charts = re.findall("<figure>(<svg.*?)</figure>", page, re.S)
-    drawn = {ElementTree.fromstring(chart)[0].text: chart for chart in charts}
-    assert [re.match("[^, ]+", title)[0] for title in drawn] == (
-        ["Accuracy", "Cross-entropy", "Held-out", "Divergence", "Loss", "Learning", "Beta"]
-    )
-    for title, chart in drawn.items():
-        assert ">x-ce-0</text>" in chart and ">x-drkl-1</text>" in chart
-        only_one = title.startswith(("Divergence", "Beta"))  # and the other keeps its colour
-        if not title.startswith("Accuracy"):
-            assert ('<path class="run0"' in chart) == (not only_one)
-            assert '<path class="run1"' in chart
-    assert ">1</text>" in drawn["Cross-entropy on training text"]
-    assert ">8</text>" not in drawn["Cross-entropy on training text"]
-    assert not re.search("<script|<link|src=|@import|url\\(", page)
-    assert set(re.findall('https?:[^"]*', page)) == {"http://www.w3.org/2000/svg"}
-    invoke("report", alone, drkl, "-o", tmp_path / "a.svg")
-    figure = ElementTree.parse(tmp_path / "a.svg").getroot()
-    assert [g[0][0].text for g in figure[1:]] == list(drawn) and figure.get("width") == "1000"
-    boxes = [(*map(int, re.findall(r"\d+", g.get("transform"))), *map(int, (g[0].get("width"),
-             g[0].get("height")))) for g in figure[1:]]  # fmt: skip
-    assert all(x + w <= 1000 and y + h <= int(figure.get("height")) for x, y, w, h in boxes)
-    for (x, y, w, h), (x2, y2, *_) in itertools.pairwise(boxes):
-        assert x2 >= x + w or y2 >= y + h
-    invoke("report", alone, "-o", tmp_path / "one.html")
-    page = (tmp_path / "one.html").read_text()
-    assert "<h1>x-ce-0</h1>" in page
-
-
-def test_a_report_of_a_killed_run_a_plain_model_and_a_long_run(tmp_path, vocabulary):
-    long, killed = (some_run(tmp_path / name, vocabulary) for name in ("long", "killed"))
-    steps = [{"step": i + 1, "loss": 2.0, "ce": 2 + math.sin(i), "lr": 0.0} for i in range(20_000)]
-    (long / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps))
-    plain, out = tmp_path / "plain", tmp_path / "pages/a.html"
-    c.save_model(plain, model(V=vocabulary.size, seed=1), vocabulary)
-    assert invoke("report", plain, long, "-o", out).stdout == f"{out}\n"
-    page = out.read_text()
-    assert len(page) < 20_000 and page.count("<svg xmlns") == 3  # of ce, loss, lr
-    assert "no same pairs of blimp were scored for all: run eval-blimp" in page
-    assert table_of(page)[1][2:] == [""] * 5  # objective to ce; no column is all empty
-    c.keep_scores(plain, "blimp", sentences("a", "b"), np.array([[-1.0, -2.0]]))
-    invoke("report", plain, "-o", out)
-    assert table_of(out.read_text())[0] == ["run", "parameters", "blimp, %"]
-    (killed / "model.safetensors").unlink()
-    for path in killed.glob("blimp-*.jsonl"):
-        path.unlink()
-    with open(killed / "log.jsonl", "a") as log:
-        log.write('{"step": 41, "loss": 0.')
-    invoke("report", killed, "-o", out)
-    assert table_of(out.read_text())[1][4] == "40, unfinished"
-
-
-def test_nothing_in_a_run_becomes_html(tmp_path, vocabulary):
-    bad = "<script>alert('&\"')</script>"
-    run = some_run(tmp_path / bad.replace("/", "-"), vocabulary)
-    facts = json.loads((run / "run.json").read_text())
-    facts["teachers"], facts["settings"]["text"] = [bad.replace("/", "-"), 3, "\ud800"], bad
-    c.write_json(run / "run.json", facts)
-    (scores,) = run.glob("blimp-*.jsonl")
-    scores.write_text(scores.read_text().replace("term_1", bad.replace('"', '\\"')))
-    invoke("report", run)
-    page = (run / "report.html").read_text()
-    assert "<script" not in page and table_of(page)[1][3].startswith(
-        "<script>alert('&\"')<-script>"
-    )
-    assert html.escape(bad[:13]) in page.split("<main>")[1]  # as a phenomenon
-    facts["settings"]["objective"] = bad
-    c.write_json(run / "run.json", facts)
-    assert "run.json: objective is" in invoke("report", run, code=1).stderr
-
-
-def test_a_report_of_what_is_damaged_is_one_sentence(tmp_path, vocabulary):
-    run, twin = (some_run(tmp_path / name, vocabulary) for name in ("run", "twin"))
-    other, out, line = tmp_path / "other", tmp_path / "a.html", '{"step": 1, "loss": 2.0}'
-    facts = json.loads((run / "run.json").read_text())
-
-    def fails(wanted, name="", content="", runs=(run,)):
-        kept = (run / name).read_bytes() if name else b""
-        if name and content is None:
-            (run / name).unlink()
-        elif name:
-            (run / name).write_text(content)
-        result = invoke("report", *runs, "-o", out, code=1)
-        assert wanted in result.stderr and result.stdout == "", result.stderr
-        assert len(result.stderr.strip().splitlines()) == 1 and not out.exists()
-        if name:
-            (run / name).write_bytes(kept)
-
-    fails("log.jsonl: No such file", "log.jsonl", None)
-    fails("run.json: No such file", "run.json", None)
-    fails("run.json is not JSON", "run.json", "{")
-    fails("run.json is damaged", "run.json", "{}")
-    facts["settings"]["lr"] = "x"
-    fails("run.json: lr is 'x'", "run.json", json.dumps(facts))
-    fails("log.jsonl is empty", "log.jsonl", "")
-    fails("log.jsonl, line 1 is damaged", "log.jsonl", "hello")
-    fails("log.jsonl, line 2 is damaged", "log.jsonl", f'{line}\n{{"step": 2, "lo\n{line}\n')
-    for wrong in ("[]", '{"loss": 1}', '{"step": "a"}', '{"step": 1, "loss": []}'):
-        fails("log.jsonl, line 1 is damaged", "log.jsonl", wrong)
-    fails("config.json", "config.json", "[]")
-    fails("expected 1 to 8 different ones", runs=(run, run))
-    fails("expected 1 to 8 different ones", runs=[tmp_path / str(i) for i in range(9)])
-    other.mkdir()
-    fails("other/config.json: No such file", runs=(run, other))
-    (scores,) = run.glob("blimp-*.jsonl")
-    fails("is damaged: expected one JSON object a line", scores.name, "{")
-    assert "a name in .html" in invoke("report", run, "-o", run / "log.jsonl", code=1).stderr
-    (twin / scores.name).write_text(scores.read_text().replace("term_1", "term_2"))
-    fails("name other pairs", runs=(run, twin))
-
-
-@pytest.mark.parametrize("low, high", [(0, 1), (-3, 1e-9), (2.28, 2.31), (7, 13_200), (1e20, 3e20)])
-def test_ticks_are_few_and_round(low, high):
-    found = c.ticks(low, high)
-    assert 2 <= len(found) <= 6 and low <= min(found) and max(found) <= high * (1 + 1e-12)
-    gaps = {f"{b - a:.6e}" for a, b in itertools.pairwise(c.ticks(low, high))}
-    assert len(gaps) == 1 and re.match("[125]\\.000000e", *gaps)
-
-
-def test_dots_lie_where_their_percentages_are():
-    chart = c.dot_chart({"row": [(50.0, 0.0), (100.0, 0.0)]}, ["a", "b"], "")
-    chance, ends = re.search(r'"chance" d="M([\d.]+)', chart)[1], re.findall(r"H([\d.]+)", chart)
-    assert re.findall(r'<circle cx="([\d.]+)"', chart) == [chance, "440.0"] == ends
-
-
-def test_a_line_chart_takes_any_numbers():
-    """The legend stays within the width, long names too; no range of values is too small."""
-    names = {f"{'long-' * 6}{i}": [(0.0, i), (1.0, 1.0)] for i in range(8)}
-    drawn = ElementTree.fromstring(c.line_chart({**names, "none": []}, "<T>", "x & y"))
-    dots = [(float(x.get("cx")), float(x.get("cy"))) for x in drawn.iter() if x.get("cx")]
-    assert len(set(dots)) == 9 and max(x for x, _ in dots) < 300
-    for ys in ((0, 0), (0, 5e-324), (2, 2 + 1e-15), (-1e29, 1e29), (1e-300, 0)):
-        for x in (1, 2**53 - 1):
-            chart = c.line_chart({"a": [(x, ys[0]), (x, ys[1])]}, "", "")
-            assert "nan" not in chart and "inf" not in chart
-
-
-def test_bench_compares_and_weighs():
-    """On sizes where all logits, forward and backward, are far more than the chunks."""
-    args = ["bench", "--rows", "2000", "--vocab-size", "4000", "--width", "16", "--repeats", "2"]
-    args += ["--teacher-width", "16", "--chunk", "100", "--objective", "rkl", "--objective", "ce"]
-    rows = json.loads(invoke(*args, "--json").stdout)
-    assert [(row["name"], row["objective"]) for row in rows] == [
-        ("products", "rkl"),
-        ("plain", "rkl"),
-        ("fused", "rkl"),
-        ("fused", "ce"),
-    ]
-    for row in rows:
-        assert len(row["seconds_all"]) == 2 and min(row["seconds_all"]) > 0 and row["ratio"] > 0
-        assert min(row["seconds_all"]) <= row["seconds"] <= max(row["seconds_all"])
-    if sys.platform == "linux":
-        plain, fused = rows[1]["peak_bytes"], rows[2]["peak_bytes"]
-        assert plain > 3 * 4 * 2000 * 4000 and fused < plain / 3
-    table = invoke(*args[:-2], "--no-plain").stdout.splitlines()
-    assert len(table) == 3 and "products" in table[1] and "rkl" in table[2]
-
-
-def test_fast_products_lose_no_digit(monkeypatch):
-    """Whatever this processor is, and if it were AMD's; one that rounds to bf16 is found out."""
-    before = torch.backends.mkldnn.matmul.fp32_precision
-    real, product = Path.read_text, torch.Tensor.__matmul__
-    try:
-        c.choose_device("cpu")
-        assert c.products_error() < 1e-6
-        assert (torch.tensor([1e-30]) * 1e-10).item() == 0  # denormals cost, and count for nothing
-        monkeypatch.setattr(
-            Path,
-            "read_text",
-            lambda path: "AuthenticAMD" if str(path) == "/proc/cpuinfo" else real(path),
-        )
-        c.choose_device("cpu")
-        assert c.products_error() < 1e-6
-
-        def rounded(a, b):
-            fast = (
-                torch.backends.mkldnn.matmul.fp32_precision == "bf16" and a.dtype == torch.float32
-            )
-            return product(a.bfloat16(), b.bfloat16()).float() if fast else product(a, b)
-
-        monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-        assert c.products_error() > 1e-3
-        c.choose_device("cpu")
-        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee" and c.products_error() < 1e-6
-    finally:
-        torch.backends.mkldnn.matmul.fp32_precision = before
-
-
-POINTS = torch.arange(50, dtype=torch.float64) / 5
-
-
-def ways(teacher: str, objective: str, starts: int, **how):
-    """By epoch and start the errors in head, tail and far tail (p < 0.001), and the largest error
-    at the end, of students with a logit for each point."""
-    p, draw = c.toy_teachers(POINTS)[teacher], torch.Generator().manual_seed(0)
-    start = torch.rand(starts, 50, generator=draw, dtype=torch.float64)
-    q, _ = c.fit_distribution(p, objective, start, lambda z: z, **how)
-    falling = p.sort(descending=True)[0]
-    head = p >= falling[int((falling.cumsum(0) < 0.5).sum())] * (1 - 1e-9)
-    gap = (q - p).abs()
-    return *(gap[..., part].sum(-1) for part in (head, ~head, p < 1e-3)), gap[-1].max()
-
-
-TOYS = ("one mode", "two modes", "two narrow modes", "long tail")
-
-
-@pytest.mark.parametrize("teacher", TOYS)
-def test_in_the_toy_all_find_the_teacher_and_each_fits_its_part_first(teacher):
-    """AKL paper, Figures 2 and 3, at its setting, from 20 starts each: forward KL fits the head
-    first, reverse KL the far tail. In the tail as a whole it is ahead without Adam alone."""
-    adam, sgd = dict(epochs=200, optimizer="adam"), dict(epochs=50, optimizer="sgd")
-    (head, tail, far, largest), (r_head, r_tail, r_far, r_largest), (*_, akl) = (
-        ways(teacher, name, 20, **adam) for name in ("fkl", "rkl", "akl")
-    )
-    assert max(largest, r_largest, akl) < 1e-3
-    assert (head[1:8] < r_head[1:8]).all()
-    if teacher != "two modes":  # which has no far tail
-        assert (r_far[1:11] < far[1:11]).all()
-    assert (tail[1:5] < r_tail[1:5]).double().mean() > 0.95
-    (_, tail, *_), (_, r_tail, *_) = (ways(teacher, name, 20, **sgd) for name in ("fkl", "rkl"))
-    assert (r_tail[1:] < tail[1:]).all()
-
-
-@pytest.mark.parametrize("name", c.DIVERGENCES)
-def test_the_toy_descends_by_the_divergences_gradients(name):
-    """A step of plain descent, in logits and in a Gaussian's two parameters, against autograd of
-    the literal definition; with the default constants; the end is the teacher."""
-    p, s = c.toy_teachers(POINTS)["two modes"], settings()
-    targets = p.argmax().expand(3, 1)
-    for start, to_logits in (
-        (torch.randn(3, 50).double(), lambda z: z),
-        (torch.rand(3, 2).double(), lambda t: -((POINTS - t[:, :1]) ** 2) / t[:, 1:].exp()),
-    ):
-        theta = start.clone().requires_grad_()
-        log_q = to_logits(theta).log_softmax(-1)
-        wanted = LITERAL[name](log_q, p.log().expand(3, -1), targets, s)
-        (slope,) = torch.autograd.grad(wanted.sum(), theta)
-        path, value = c.fit_distribution(p, name, start, to_logits, 1, "sgd")
-        after = to_logits(start - slope).log_softmax(-1)
-        assert torch.allclose(path[0], log_q.exp(), atol=1e-12)
-        assert torch.allclose(path[1], after.exp(), atol=1e-10)
-        assert torch.allclose(
-            value[:, 0], LITERAL[name](after, p.log().expand(3, -1), targets, s), atol=1e-10
-        )
-    assert ways("long tail", name, 1, epochs=200, optimizer="adam")[-1] < 1e-3
-
-
-def test_toy_shows_where_modes_are_sought(tmp_path):
-    """Only by a student that is one Gaussian, and only where the modes are narrow."""
-    results = json.loads(invoke("toy", "--json", "--svg", tmp_path / "toy.svg").stdout)
-    assert tuple(results) == TOYS
-
-    def moments(teacher, objective):
-        q = torch.tensor(results[teacher]["objectives"][objective]["gaussian_q"]).double()
-        mean = (q * POINTS).sum()
-        return mean.item(), (q * (POINTS - mean) ** 2).sum().sqrt().item()
-
-    mean, spread = moments("two narrow modes", "fkl")
-    assert 5 < mean < 6.5 and spread > 2
-    mean, spread = moments("two narrow modes", "rkl")
-    assert abs(mean - 7.5) < 0.01 and abs(spread - 0.5) < 0.01
-    assert min(moments("two modes", name)[1] for name in ("fkl", "rkl", "akl")) > 2
-    for teacher in ("one mode", "long tail"):
-        p = torch.tensor(results[teacher]["p"])
-        for row in results[teacher]["objectives"].values():
-            assert (torch.tensor(row["gaussian_q"]) - p).abs().max() < 1e-3
-    p = torch.tensor(results["long tail"]["p"])
-    row = results["long tail"]["objectives"]["rkl"]
-    gap = (torch.tensor(row["q"]) - p).abs()
-    assert math.isclose(row["head"][-1] + row["tail"][-1], gap.sum(), rel_tol=1e-4)
-    assert len(row["head"]) == 251 and math.isclose(row["largest"], gap.max(), rel_tol=1e-4)
-    figure = ElementTree.parse(tmp_path / "toy.svg").getroot()
-    curves = [path for path in figure.iter() if (path.get("class") or "").startswith("run")]
-    assert figure.get("width") == "1000" and len(curves) == 4 * (3 * 4 + 3 + 3 + 4)
-    for path in figure.iter("{http://www.w3.org/2000/svg}path"):
-        numbers = [float(x) for x in re.findall(r"[\d.]+", path.get("d"))]
-        assert min(numbers) >= 0 and max(numbers) <= 320
-
-
-def test_toy_as_a_table():
-    args = ["toy", "--objective", "drkl", "--objective", "fkl", "--epochs", "6"]
-    first = invoke(*args)
-    lines = first.stdout.splitlines()
-    assert len(lines) == 2 + 4 * 3 + 2 and max(map(len, lines)) <= 100
-    assert lines[1].split()[:5] == ["teacher", "objective", "5", "5", "5"]
-    drawn = [line.split()[-1] for line in lines[2:-2]]
-    assert {len(line) for line in drawn} == {25} and set("".join(drawn)) <= set("▁▂▃▄▅▆▇█")
-    assert all("█" in "".join(drawn[i : i + 3]) for i in range(0, 12, 3))
-    assert invoke(*args).stdout == first.stdout != invoke(*args, "--optimizer", "sgd").stdout
-    assert "'ce' is not one of" in invoke("toy", "--objective", "ce", code=2).stderr
-    assert "is a directory" in invoke("toy", "--svg", "/", code=2).stderr
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_top_p_keeps_the_fewest_tokens(dtype):
-    """By trying every set of tokens; ties are cut, so that they are the fewest there, too."""
-    p = torch.rand(20, 6, dtype=dtype).pow(2)
-    p = torch.cat([p / p.sum(-1, True), torch.full((1, 6), 1 / 6, dtype=dtype)])
-    for mass in (1e-6, 0.3, 0.5, 0.9, 0.999):
-        found = c.likeliest(p, mass)
-        for row, kept in zip(p.double(), found):
-            sets = [torch.tensor(some).bool() for some in itertools.product((0, 1), repeat=6)]
-            fewest = min(int(some.sum()) for some in sets if row[some].sum() >= mass)
-            assert (kept > 0).sum() == fewest and kept.double().sum() >= mass
-            assert row[kept > 0].min() >= row[kept == 0].max() if fewest < 6 else True
-            assert (kept[kept > 0] == row[kept > 0].to(dtype)).all()
-
-
-def test_a_draw_follows_the_temperature_and_top_p():
-    """Frequencies within four standard errors; at temperature 0, and next to it, the likeliest."""
-    logits, draw = torch.tensor([[1.0, 3.0, 2.0, -1.0, 0.0]]), torch.Generator().manual_seed(0)
-    many = logits.expand(4000, -1)
-    for temperature, top_p in ((1.0, 1.0), (2.0, 1.0), (0.5, 1.0), (1.0, 0.7), (3.0, 0.8)):
-        p = (logits / temperature).softmax(-1)
-        p = c.likeliest(p, top_p) if top_p < 1 else p
-        found = c.draw_next(many, temperature, top_p, draw).flatten().bincount(minlength=5) / 4000
-        assert (found - p / p.sum()).abs().max() < 4 * math.sqrt(0.25 / 4000)
-        assert (found[p[0] == 0] == 0).all()
-    assert (c.draw_next(many, 0, 1.0, None) == 1).all()
-    assert (c.draw_next(many, 1e-3, 1.0, draw) == 1).all()
-    with pytest.raises(click.ClickException, match="not finite"):
-        c.draw_next(many * math.nan, 0, 1.0, None)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_writing_on_is_greedy_search_and_reads_no_id_twice(kind, monkeypatch):
-    """Against the argmax of the whole row, read again at each step; rows that end are let go."""
-    m, ids = model(sharp=5, **kind).eval(), torch.randint(0, 50, (6, 9))
-    rows, seen = [row[None] for row in ids], []
-    with torch.no_grad():
-        for _ in range(20):
-            rows = [torch.cat([row, logits(m, row)[:, -1:].argmax(-1)], 1) for row in rows]
-    wanted = [row[0, 9:].tolist() for row in rows]
-    end = wanted[0][7]
-    wanted = [row[: row.index(end)] if end in row else row for row in wanted]
-    hidden = m.hidden
-    monkeypatch.setattr(m, "hidden", lambda x, *rest: seen.append(x.shape) or hidden(x, *rest))
-    found = [[] for _ in ids]
-    for order, drawn in c.write_on(m, ids, [end], 20, None, 0):
-        for row, i in zip(order.tolist(), drawn.tolist()):
-            found[row].append(i)
-    assert found == wanted
-    assert seen[0] == (6, 9) and {T for _, T in seen[1:]} <= {1}
-    assert sum(B for B, _ in seen[1:]) <= sum(map(len, wanted))
-
-
-def test_sample(saved, vocabulary):
-    """Seeded; a line a sample; the prompt first, encoded as scoring encodes it, with a leading
-    space even where the tokenizer adds none."""
-    plain = vocabulary.files["tokenizer.json"].replace(b'_space": true', b'_space": false')
-    (saved / "tokenizer.json").write_bytes(plain)
-    args = ["sample", saved, "--prompt", "the dog", "--tokens", "9"]
-    one = invoke(*args).stdout
-    assert one.startswith("the dog") and one.count("\n") == 1
-    three = invoke(*args, "--count", "3").stdout
-    assert three.startswith(one) and invoke(*args, "--count", "3").stdout == three
-    assert len(set(three.splitlines())) == 3 and invoke(*args, "--seed", "1").stdout != one
-    assert invoke(*args, "--top-p", "0.1").stdout != one
-    m, _ = c.load_model(saved, "cpu")
-    ids = [1, *vocabulary.tokenizer.encode(" the dog", add_special_tokens=False).ids]
-    given = len(ids)
-    with torch.no_grad():
-        for _ in range(9):
-            ids.append(logits(m, torch.tensor([ids]))[0, -1].argmax().item())
-    text = vocabulary.tokenizer.decode(ids)
-    greedy = invoke(*args, "--temperature", "0", "--count", "2").stdout
-    assert greedy == (text[1:].split("\n")[0] + "\n") * 2 and 1 not in ids[1:] and 2 not in ids
-    assert len(invoke(*args[:-1], "999").stdout) > len(one) and given < 32
-    assert "32 positions" in invoke("sample", saved, "--prompt", "a " * 40, code=1).stderr
-    assert "0.001 and more" in invoke(*args, "--temperature", "1e-40", code=1).stderr
-    assert "not a folder" in invoke("sample", saved / "none", code=1).stderr
-    with torch.no_grad():
-        m.head[0, 0] = math.nan
-    c.save_model(saved, m, vocabulary)
-    ruined = invoke(*args, code=1)
-    assert "not finite numbers" in ruined.stderr and ruined.stdout == "the dog"
-
-
-def test_a_sample_ends_with_its_line(saved, vocabulary, monkeypatch):
-    drawn = []
-
-    def encode(text):
-        return vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def draw(logits, *_):
-        return torch.tensor([[drawn.pop(0)]])
-
-    monkeypatch.setattr(c, "draw_next", draw)
-    for text, end, line in (
-        (" the dog barked.", 1, "the dog barked."),
-        (" the cat", 2, "the cat"),
-        (" A🐈", encode("\n")[-1], "A🐈"),
-        ("", 1, ""),
-    ):
-        drawn = [*encode(text), end, *encode(" never said")]
-        assert invoke("sample", saved, "--tokens", "20").stdout == line + "\n"
-        drawn = [*encode(text), end, *encode(" never said")]
-        asked = invoke("sample", saved, "--prompt", "Oh,", "--tokens", "20").stdout
-        assert asked == f"Oh,{text}\n" and drawn == encode(" never said")
-    facts = json.loads((saved / "config.json").read_text())
-    (saved / "config.json").write_text(json.dumps(facts | {"eos_token_id": [7, None, "x", 10**9]}))
-    drawn = [*encode(" a"), 7]
-    assert invoke("sample", saved, "--tokens", "20").stdout == "a\n"
-
-
-def test_a_run_folder_is_never_overwritten_unasked(tmp_path):
-    config, out = brief_config(tmp_path), tmp_path / "run"
-    invoke("train", "-c", config, "-o", out)
-    before = (out / "model.safetensors").read_bytes()
-    assert (
-        "already holds a run"
-        in invoke("train", "-c", config, "-o", out, "--seed", "1", code=1).stderr
-    )
-    assert (out / "model.safetensors").read_bytes() == before
-    invoke("train", "-c", config, "-o", out, "--seed", "1", "--overwrite")
-    assert (out / "model.safetensors").read_bytes() != before
-    (out / "model.safetensors").unlink()  # as an interrupted run leaves it
-    assert "holds no finished model" in invoke("eval-blimp", "-m", tmp_path, code=1).stderr
-    invoke("train", "-c", config, "-o", out)
-    assert (out / "model.safetensors").read_bytes() == before
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "thesis.txt").write_text("years")
-    assert (
-        "files that are no run"
-        in invoke("train", "-c", config, "-o", mine, "--overwrite", code=1).stderr
-    )
-    assert [path.name for path in mine.iterdir()] == ["thesis.txt"]
-
-
-def test_a_dry_run_trains_nothing(tmp_path):
-    result = invoke(
-        "train",
-        "-c",
-        brief_config(tmp_path),
-        "--objective",
-        "rkl",
-        "--teachers",
-        "2",
-        "-o",
-        tmp_path / "x/run",
-        "--dry-run",
-    )
-    assert [line.split()[0] for line in result.stdout.splitlines()] == [
-        "text",
-        "teacher",
-        "teacher",
-        "student",
-    ]
-    assert "6 steps of 256 tokens" in result.stdout and not list(
-        tmp_path.glob("x/*/model.safetensors")
-    )
-
-
-@pytest.fixture
-def saved(tmp_path, vocabulary) -> Path:
-    c.save_model(tmp_path / "model", model(V=vocabulary.size), vocabulary)
-    return tmp_path / "model"
-
-
-def rewrite_header(path: Path, change) -> None:
-    content = path.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    change(header)
-    text = json.dumps(header).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
-
-
-WEIGHTS = {
-    "truncated": (lambda p: p.write_bytes(p.read_bytes()[:-100]), "ends at byte"),
-    "cut in the header": (lambda p: p.write_bytes(p.read_bytes()[:60]), "header should have"),
-    "empty": (lambda p: p.write_bytes(b""), "less than 9 bytes"),
-    "no JSON": (
-        lambda p: p.write_bytes((4).to_bytes(8, "little") + b"{{{{" + bytes(9)),
-        "not a JSON object",
-    ),
-    "past the end": (
-        lambda p: rewrite_header(
-            p, lambda h: h["lm_head.weight"].update(data_offsets=[10**12, 10**12 + 400 * 32 * 4])
-        ),
-        "ends at byte",
-    ),
-    "wrong size": (
-        lambda p: rewrite_header(p, lambda h: h["lm_head.weight"].update(shape=[1, 1])),
-        "its entry for",
-    ),
-    "unknown dtype": (
-        lambda p: rewrite_header(p, lambda h: h["lm_head.weight"].update(dtype="I8")),
-        "its entry for",
-    ),
-    "negative": (
-        lambda p: rewrite_header(p, lambda h: h["lm_head.weight"].update(shape=[-400, -32])),
-        "its entry for",
-    ),
-    "weight missing": (
-        lambda p: rewrite_header(p, lambda h: h.pop("lm_head.weight")),
-        "'lm_head.weight' as none",
-    ),
-    "weight unknown": (
-        lambda p: rewrite_header(p, lambda h: h.update(extra=h.pop("lm_head.weight"))),
-        "'extra' as [",
-    ),
-    "overlap": (
-        lambda p: rewrite_header(p, lambda h: h.update(extra=h["lm_head.weight"])),
-        "two of its tensors overlap",
-    ),
-    "missing": (lambda p: p.unlink(), "is missing"),
-}
-
-
-@pytest.mark.parametrize("name", WEIGHTS)
-def test_damaged_weights_are_one_sentence(saved, name):
-    damage, wanted = WEIGHTS[name]
-    damage(saved / "model.safetensors")
-    assert wanted in invoke("eval-blimp", "-m", saved, "-d", TINY / "blimp", code=1).stderr
-
-
-@pytest.mark.parametrize(
-    "change, wanted",
-    [
-        ({"model_type": "mamba"}, "model_type is 'mamba': expected llama or gpt2"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu': expected 'silu'"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rotary positions are scaled"),
-        ({"num_attention_heads": "two"}, "num_attention_heads is 'two': expected int"),
-        ({"hidden_size": None}, "hidden_size is None: expected int"),
-        ({"model_type": ["llama"]}, "model_type is ['llama']"),
-        ({"vocab_size": 10**30}, "vocab_size is 1000"),
-        ({"num_attention_heads": 3}, "3 heads do not divide the width 32"),
-        ({"hidden_size": 64}, "config.json asks for"),
-        ({"vocab_size": 10}, "expected at least as many"),
-        ({"head_dim": 64}, "head_dim is 64: expected width / heads = 16"),
-    ],
-)
-def test_a_config_that_we_do_not_build_is_one_sentence(saved, change, wanted):
-    config = json.loads((saved / "config.json").read_text())
-    (saved / "config.json").write_text(json.dumps(config | change))
-    assert wanted in invoke("eval-blimp", "-m", saved, "-d", TINY / "blimp", code=1).stderr
-
-
-NUMBERS = ["0", "-1", "1", "3", "64", "257", "65536", "2147483647", "2147483648", "1" + "0" * 20]
-NUMBERS += ["1e400", "-1e-400", "NaN", "0.5", "true", "null", '"x"', "[]", "{}", "[" * 2000]
+        assert len(flags) == len({*flags}) and "Example:" in invoke(name, "--help").output
+        assert all("." in option.help for option in command.params if "--" in option.opts[-1])
+
+BAD = {                         # what the user did: what the sentence says
+    "train -o out -c bad.toml": {
+        "betta = 1": "unknown key 'betta'; did you mean 'beta'?", "lr = ''": "lr is '': expected",
+        "layers = true": "layers is True: exp", "lr = nan": "lr is nan", "teacher = 3": "bad.toml",
+        "lr =": "bad.toml", 'base = "no"': "no: No such file", 'base = "bad.toml"': "its own base",
+        'text = "a\\u0000b"': "without a NUL", f"lr = 1{'0' * 400}": "lr is 1000",
+        "[[teacher]]\ntext = ''": "teacher 1: unknown key 'text'"},
+    "train -o out -c brief.toml --text text": {
+        "": "a.txt is empty", "good \udcff bad": "0xff in position 5", "short": "less than a batc"},
+    "train -o out -c brief.toml ": {
+        "--text no": "no is not a folder", "--text .": "no *.train", "--dev .": "holds no *.dev",
+        "--tokenizer no": "no: No such file", "--tokenizer brief.toml": "brief.toml is damaged",
+        "--seed 18446744073709551616": "is 18446744073709551616: expec", "--pairs .": "no *.jsonl",
+        "--batch-size 0": "--batch-size is 0: expected 1", "--lr fast": "'fast' is not a valid",
+        "--objective magic": "'magic' is not one of 'ce', ", "--objective rkl": "needs a teacher",
+        "--objective rkl --teacher a --teacher a": "two different ones", "--device cuda": "--devic",
+        "--objective ce --teachers 1": "has no teacher", "--heads 5": "5 heads do not divide",
+        "--kv-heads 3": "3 kv_heads do not divide", "--heads 32": "1 wide each: rotary positions",
+        "--micro-batch 3": "does not divide --batch-size 8", "--context 500": "--context 500 is "},
+    "": {"eval-blimp": "no finished run in runs/", "eval-blimp -m no": "no holds no finished",
+         "eval-blimp -d no -m x": "no holds no *.jsonl", "compare a b": "no scores of the same"}}
+
+@pytest.mark.parametrize("command", BAD)
+def test_bad_input_is_one_sentence_and_nothing_is_left(here, monkeypatch, command):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    os.mkdir("text")
+    for given, wanted in BAD[command].items():
+        for path in ("bad.toml", "text/a.txt"):
+            Path(path).write_text(given, errors="surrogateescape")
+        args = command if command[-1:] in ("l", "t") else command + given
+        told = CliRunner().invoke(c.cli, args.split())
+        assert isinstance(told.exception, SystemExit) and told.exit_code in (1, 2), given
+        assert wanted in told.stderr and told.stdout == "", (given, told.stderr)
+        assert told.stderr.split("Error: ")[1].count("\n") == 1 and not os.path.exists("out"), given
+
+def test_a_run_folder_is_never_overwritten_unasked(here):
+    """Nor is a file that is not ours, or a teacher by its student."""
+    train("run")
+    before = weights("run")
+    for flags, wanted in (("--seed 1", "add --overwrite"), (
+            "--teacher run --objective rkl --overwrite", "would be in one folder")):
+        assert wanted in train("run", flags, 1).stderr and weights("run") == before
+    train("run", "--seed 1 --overwrite")
+    assert weights("run") != before
+    os.remove("run/model.safetensors")                  # as an interrupted run leaves it
+    train("run")
+    assert weights("run") == before
+    os.mkdir("mine")
+    for path in ("mine/thesis.partial", "mine/thesis.txt"):
+        Path(path).write_text("years")
+        assert "files that are no run" in train("mine", "--overwrite", 1).stderr
+        os.remove(path)                                 # which is there
+
+def test_teachers_that_cannot_teach(here, saved):
+    """Too short, alike, or of another tokenizer, be it by its normalizer or prefix token alone."""
+    config, folder = here / "brief.toml", here / "tokenizer"
+    short = config.read_text().replace("width = 48", "positions = 16\ncontext = 16\nwidth = 48")
+    alike = re.sub('model_type = "gpt2"|dropout = 0.1|tied = true', "", config.read_text())
+    for text, wanted in ((short, "teacher 1: --context 32 is longer than what it takes, 16"),
+                         (alike, "teachers of different settings")):
+        config.write_text(text)
+        assert wanted in train("out/run", "--objective rkl --teachers 2", 1).stderr
+    whole, other = c.read_json(saved / "tokenizer.json"), c.train_tokenizer(["a dog"] * 9, 300)
+    flags = "--objective rkl --teacher model --tokenizer tokenizer --context 16 --pairs none"
+    for tokenizer, prefix, code in (
+            (whole, "</s>", 1), (whole | {"normalizer": {"type": "NFC"}}, "<s>", 1),
+            (json.loads(other.to_str()), "<s>", 1), (whole, "<s>", 0)):
+        c.write_json(folder / "tokenizer.json", tokenizer)
+        c.write_json(folder / "tokenizer_config.json", {"bos_token": prefix})
+        assert ("has another vocabulary" in train("out/run", flags, code).stderr) == code
+
+def swap(old, new):
+    """What changes the JSON of a safetensors file, but not its length."""
+    return lambda whole: whole.replace(old, new.ljust(len(old)), 1)
+
+@pytest.mark.parametrize("change, wanted", [
+    (lambda whole: whole[:-100], "end of the file"), (lambda whole: whole[:60], "is damaged"),
+    (lambda whole: b"", "is damaged"), (swap(b'"F32"', b'"I8"'), "has dtype 'I8': expected F64"),
+    (lambda whole: b"\4" + bytes(7) + b"{{{{" + bytes(9), "is damaged"),
+    (swap(b"[0, 51200]", b"[0,999999]"), "end of the file"), (swap(b"[400, 32]", b"[1]"), "damag"),
+    (swap(b"[51200,", b"[51100,"), "overlaps anoth"), (swap(b"lm_head", b"lm_haed"), "not of one"),
+    (swap(b"[400, 32]", b"[-400,32]"), "is damaged"), ({"model_type": ["llama"]}, "is ['llama']"),
+    ({"model_type": "mamba"}, "model_type is 'mamba': expected llama or gpt2"),
+    ({"hidden_act": "gelu"}, "hidden_act is 'gelu': expected"), ({"vocab_size": 10**30}, "is 1000"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rotary positions are scaled"),
+    ({"num_attention_heads": "two"}, "num_attention_heads is 'two': expected int"),
+    ({"hidden_size": None}, "hidden_size is None: expec"), ({"vocab_size": 10}, "at least as many"),
+    ({"num_attention_heads": 3}, "3 heads do not divide"), ({"hidden_size": 64}, "of one model"),
+    ({"head_dim": 64}, "head_dim is 64: "), (None, "model.safetensors is missing")])
+def test_a_damaged_or_unknown_model_is_one_sentence(saved, change, wanted):
+    path = saved / "model.safetensors"
+    if isinstance(change, dict):
+        c.write_json(saved / "config.json", c.read_json(saved / "config.json") | change)
+    else:
+        path.write_bytes(change(path.read_bytes())) if change else path.unlink()
+    assert wanted in invoke("eval-blimp", "-m", saved, code=1).stderr
+
+def test_bad_pairs_name_file_and_line(here, saved):
+    """And do not show the line: EWoK's text is not to be spread."""
+    ewok = [("x", "a", "b", "c", "d")]
+    for good, bad in (*((AB, ("secret", *bad)) for bad in ([], [3], ["\ud83d"], [" "])),
+                      (ewok, ("x", " ", "b", "secret", "c")), (ewok, ("\ud83d", *"abcd"))):
+        write_pairs("p/b.jsonl", *good, bad)
+        told = invoke("eval-blimp", "-m", "model", "-d", "p", code=1).stderr
+        assert "p/b.jsonl, line 2: expected a JSON object" in told and "secret" not in told
+    write_pairs("p/b.jsonl", *AB, *ewok)
+    assert "both kinds" in invoke("eval-blimp", "-m", "model", "-d", "p", code=1).stderr
+
+NUMBERS = "0 -1 1 3 64 257 65536 2147483647 2147483648 100000000000000000000 1e400 -1e-400 NaN 0.5 "
+NUMBERS = (NUMBERS + 'true null "x" [] {} ' + "[" * 2000).encode().split()
 PIECES = [b"\0", b"\xff", b"\n", b'"', b"{", b"}", b",", b"\\u0000", b"\\ud800", b"../", b"x" * 999]
 
-
-def mutated(content: bytes, draw: random.Random, text: range) -> bytes:
+def mutated(content, draw, text):
     """Changed in one to three places, most often where the file is text: bytes, numbers, pieces."""
-    content = bytearray(content)
     for _ in range(draw.choice([1, 1, 2, 3])):
-        place = draw.choice(text) if draw.random() < 0.8 else draw.randrange(len(content))
-        kind, size = draw.randrange(6), draw.choice([1, 2, 8, 100])
-        numbers = [m for m in re.finditer(rb"-?\d+(\.\d+)?", content[text.start : text.stop])]
-        if kind == 0:
-            content[place % max(1, len(content))] = draw.randrange(256)
-        elif kind == 1:
-            del content[place : place + size]
-        elif kind == 2:
-            content[place:place] = draw.choice(PIECES)
-        elif kind == 3:
-            content[place:place] = content[place : place + size]
-        elif kind == 4 and numbers:
-            m = draw.choice(numbers)
-            start, end = (text.start + edge for edge in m.span())
-            content[start:end] = draw.choice(NUMBERS).encode()
-        elif kind == 5 and draw.random() < 0.3:
-            del content[place:]
-        content = content or bytearray(b" ")
-    return bytes(content)
+        start = draw.randrange(len(content[:text] if draw.random() < 0.8 else content))
+        end = start + draw.choice([0, 1, 1, 2, 8, 100])
+        new = draw.choice([b"", draw.randbytes(1), draw.choice(PIECES), 2 * content[start:end]])
+        numbers = [*re.finditer(rb"-?\d+(\.\d+)?", content[:text])]
+        if numbers and draw.random() < 0.2:
+            (start, end), new = draw.choice(numbers).span(), draw.choice(NUMBERS)
+        content = content[:start] + new + content[end:draw.choice([None] * 19 + [end])] or b" "
+    return content
 
-
-def test_no_mutated_file_gets_through_or_brings_it_down(tmp_path, saved, vocabulary, monkeypatch):
-    """20,000 files: each is read as one that is sound, or refused in one sentence, within a second
-    and without taking more memory than a small factor of its size."""
-    config = brief_config(tmp_path)
-    pairs = [(f"The dog number {i} runs.", f"The dog number {i} run.") for i in range(4)]
-    write_pairs(tmp_path / "pairs", "a.jsonl", pairs)
-    loaded, scores = c.read_pairs(tmp_path / "pairs"), np.array([[-1.5, -2.0]] * 4)
-    c.keep_scores(saved, "blimp", loaded, scores)
-    (kept,) = saved.glob("blimp-*.jsonl")
-    ids, text = tmp_path / "x.ids", [["A dog."]]
-    facts = {"text": "1", "tokenizer": "2"}
-    first = c.encode_once(ids, vocabulary, text, "line", facts).tolist()
-    m = model(V=60)
-    progress = c.Progress(m, c.make_optimizer(m, settings()), torch.amp.GradScaler(enabled=False))
-    c.train_step(m, progress.optimizer, None, *[torch.zeros(2, 8).long()] * 2, settings(), 1.0)
-    parts = {name: part.state_dict() for name, part in progress._asdict().items()}
-    torch.save({"step": 3, "seconds": 1.0, **parts}, tmp_path / "state.pt")
+def test_no_mutated_file_gets_through_or_brings_it_down(here, saved, vocabulary):
+    """20,000 files: each is read, or refused in one sentence, in a second and little memory."""
+    write_pairs("p/a.jsonl", *((f"Dog {i} runs.", f"Dog {i} run.") for i in range(4)))
+    c.keep_scores(saved, "blimp", c.read_pairs(Path("p")), np.full((4, 2), -1.5))
+    m, draw, found = model(V=60), random.Random(0), set()
+    parts = {"model": m, "optimizer": c.make_optimizer(m, settings())}
+    c.train_step(m, parts["optimizer"], None, *torch.zeros(2, 2, 8).long(), settings(), 1.0)
+    c.save_state(here / "state.pt", {"run": "x", "step": 3, "seconds": 1, "logged": 9}, parts)
 
     def same_ids():
-        assert c.encode_once(ids, vocabulary, text, "line", facts).tolist() == first
+        found.add(c.encode_once(path, vocabulary, ["A dog."], "line", {"text": "1"}).tobytes())
+        assert len(found) == 1
 
-    weights = (saved / "model.safetensors").read_bytes()
-    head = range(8, 8 + int.from_bytes(weights[:8], "little"))
-    cases = [  # how many, the file, where it is text, what reads it
-        (5000, saved / "model.safetensors", head, lambda: c.load_model(saved, "cpu")),
-        (4000, saved / "config.json", None, lambda: c.load_model(saved, "cpu")),
-        (2000, saved / "tokenizer.json", None, lambda: c.load_vocabulary(saved)),
-        (1000, saved / "tokenizer_config.json", None, lambda: c.load_vocabulary(saved)),
-        (3000, tmp_path / "pairs/a.jsonl", None, lambda: c.read_pairs(tmp_path / "pairs")),
-        (1500, kept, None, lambda: c.read_scores(kept)),
-        (3000, config, None, lambda: c.read_settings(config, NO_FLAGS, [])),
-        (300, ids, range(c.HEADER), same_ids),
-        (200, tmp_path / "state.pt", None, lambda: c.load_state(tmp_path / "state.pt", 9, progress)),
-    ]
-    draw, outcomes = random.Random(0), {}
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for count, path, where, read in cases:
-        whole = path.read_bytes()
+    path, before = here / "x.ids", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    same_ids()
+    for count, name, text, read in (                # how many, the file, its part that is text
+            (5000, "model/model.safetensors", 3300, lambda: c.load_model(saved, "cpu")),
+            (4000, "model/config.json", None, lambda: c.load_model(saved, "cpu")),
+            (2000, "model/tokenizer.json", None, lambda: c.load_vocabulary(saved)),
+            (1000, "model/tokenizer_config.json", None, lambda: c.load_vocabulary(saved)),
+            (3000, "p/a.jsonl", None, lambda: c.read_pairs(Path("p"))),
+            (1500, "model/blimp-*.jsonl", None, lambda: c.read_scores(path)),
+            (3000, "brief.toml", None, lambda: c.read_settings(path, NO_FLAGS, [])),
+            (200, "state.pt", None, lambda: c.load_state(path, "x", parts)),
+            (300, "x.ids", 512, same_ids)):
+        path, = here.glob(name)
+        whole, refused = path.read_bytes(), 0
         for _ in range(count):
-            content = mutated(whole, draw, where or range(len(whole)))
+            content, begin = mutated(whole, draw, text), time.perf_counter()
             path.write_bytes(content)
-            begin, outcome = time.perf_counter(), "read"
             try:
                 read()
             except (click.ClickException, OSError) as error:
-                outcome = "refused"
-                message = getattr(error, "message", "one line")
-                assert len(message.splitlines()) == 1, (path, message)
-            except BaseException as error:
-                (tmp_path / "culprit").write_bytes(content)
-                raise AssertionError(f"{path.name}: {error!r}; see {tmp_path}/culprit") from error
-            assert time.perf_counter() - begin < 1, (path, content[:2000])
-            outcomes[path.name, outcome] = outcomes.get((path.name, outcome), 0) + 1
+                refused += 1
+                assert "\n" not in getattr(error, "message", ""), content[:999]
+            assert time.perf_counter() - begin < 1, content[:999]
         path.write_bytes(whole)
         read()
-    assert sum(outcomes.values()) == 20_000 and min(outcomes.values()) > 0, outcomes
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000, outcomes
+        assert (name != "x.ids") <= refused < count
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
 
+# -----------------------------------------------------------------------------
+# The data, the file, the README
 
-class Mischief:
-    """What runs a command when it is unpickled, if anything is."""
+def test_the_data_is_what_the_grammar_writes(tmp_path):
+    """No scored sentence was ever heard, and counting neighbours does not solve the pairs."""
+    maker, files = script("make_tiny"), [path for path in TINY.rglob("*") if path.is_file()]
+    maker.write(tmp_path)
+    made = [(tmp_path / path.relative_to(TINY)).read_bytes() for path in files]
+    assert made == [path.read_bytes() for path in files] and len(files) == 22
+    pairs, scores = c.read_pairs(TINY / "blimp"), maker.bigram_scores()
+    heard = ((TINY / "train.txt").read_text() + (TINY / "dev.txt").read_text()).split("\n")
+    assert not {*heard} & {text.strip() for pair in pairs for _, text in pair[:2]}
+    assert [len({pair[i] for pair in pairs if pair.good != pair.bad}) for i in (2, 3)] == [20, 10]
+    far = re.compile("npi_scope|wh_vs_that_with_|.*(_prepositional|_two_phrases|_subject_relative)")
+    assert np.mean([*scores.values()]) < 0.65
+    assert max(scores[name] for name in scores if far.match(name)) < 0.5
 
-    def __reduce__(self):
-        return os.mkdir, (os.environ["MISCHIEF"],)
+SOURCE, README, TESTS = (Path(HOME, name).read_text() for name in (
+    "choobaca.py", "README.md", __file__))
 
+def measured(text):
+    """A file's tokens (names, operators, numbers), lines of code, and the lines of docstrings."""
+    count, code, docs = 0, set(), set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        rows = range(token.start[0], token.end[0] + 1)
+        if token.line.lstrip()[:3] == '"""':
+            docs.update(rows)
+        elif token.string.strip() and token.type != tokenize.COMMENT:
+            code.update(rows)
+            count += token.type in (tokenize.NAME, tokenize.OP, tokenize.NUMBER)
+    return count, len(code), docs
 
-def test_a_pickle_in_a_checkpoint_runs_no_code(tmp_path, monkeypatch):
-    """In any part of it, or as the whole file; nor is a step believed that none is left after."""
-    config, out, step = brief_config(tmp_path), tmp_path / "x", c.train_step
-    monkeypatch.setenv("MISCHIEF", str(tmp_path / "done"))
+def test_the_files_bars():
+    """Nothing is used before it is defined or runs at import; each setting is read somewhere."""
+    def all_of(*kinds):
+        return [node for node in ast.walk(tree) if isinstance(node, kinds)]
 
-    def stopped(*rest):
-        os.kill(os.getpid(), signal.SIGINT)
-        return step(*rest)
+    lines, tree, (tokens, code, docs) = SOURCE.splitlines(), ast.parse(SOURCE), measured(SOURCE)
+    lesson = next(i for i, line in enumerate(lines, 1) if "Here the lesson ends" in line)
+    assert len(lines) <= 2400 and lesson <= 1050 and tokens <= 18_700 and tokens / code <= 11.3
+    assert re.findall(r"^# (\d+)\. ", SOURCE, re.M) == [str(i) for i in range(1, 16)]
+    functions = all_of(ast.FunctionDef)
+    *_, second, longest = sorted(node.end_lineno - node.lineno + 1 for node in functions)
+    assert second <= 50 and longest <= 100 and not re.search("TODO|FIXME|XXX", SOURCE)
+    body = {i for f in functions for i in range(f.body[0].lineno, f.end_lineno + 1)} - docs
+    for last, least in ((len(lines), 0.12), (lesson, 0.20)):
+        remarks = [not lines[i - 1].strip() or "# " in lines[i - 1] for i in body if i <= last]
+        assert np.mean(remarks) >= least, (last, np.mean(remarks))
+    sides = [(type(node.targets[0]), type(node.value)) for node in all_of(ast.Assign)]
+    assert sides.count((ast.Tuple, ast.Tuple)) <= 30 and measured(TESTS)[0] <= 27_500
+    for text, most in ((SOURCE, 2400), (README, 280), (TESTS, 2300)):
+        assert len(text.splitlines()) <= most and max(map(len, text.splitlines())) <= 100
+    defined = {node.name: node for node in tree.body if hasattr(node, "name")}
+    assert not [(name, x.id) for name, node in defined.items() for x in ast.walk(node)
+                if isinstance(x, ast.Name) and defined.get(x.id, node).lineno > node.end_lineno]
+    read = {node.attr for node in all_of(ast.Attribute)}
+    assert c.KNOWN.keys() <= read | {constant for _, constant in c.DIVERGENCES.values()}
+    plain = ast.Import, ast.ImportFrom, ast.Assign, ast.FunctionDef, ast.ClassDef
+    rest = [ast.unparse(node)[:14] for node in tree.body[1:] if not isinstance(node, plain)]
+    assert rest == ["if sys.version", "os.environ.set", "try:\n    import", "if __name__ =="]
+    modules = {*re.findall(r"^(?:import|from) (\w+)[. ]", SOURCE, re.M)} - sys.stdlib_module_names
+    assert modules == {"click", "numpy", "torch", "tokenizers", "tqdm"}
 
-    monkeypatch.setattr(c, "train_step", stopped)
-    invoke("train", "-c", config, "-o", out, code=130)
-    state = torch.load(out / "state.pt", weights_only=True)
-    harms = [{**state, "seconds": Mischief()}, {**state, "model": Mischief()}, Mischief()]
-    for harm in (*harms, {**state, "step": 6}):
-        torch.save(harm, out / "state.pt")
-        said = invoke("train", "-c", config, "-o", out, "--resume", code=1).stderr
-        assert "state.pt is damaged" in said and not (tmp_path / "done").exists()
-    (out / "state.pt").write_bytes(pickle.dumps(Mischief()))
-    invoke("train", "-c", config, "-o", out, "--resume", code=1)
-    assert not (tmp_path / "done").exists()
-    pickle.loads((out / "state.pt").read_bytes())
-    assert (tmp_path / "done").exists()  # and this is what it would have done
-
-
-def test_bad_pairs_name_file_and_line(saved, tmp_path):
-    pairs = tmp_path / "pairs"
-    write_pairs(pairs, "a.jsonl", [("A.", "B.")])
-    for line in (
-        '{"sentence_good": "A."}',
-        "not json",
-        "[]",
-        '{"sentence_good": "A.", "sentence_bad": 3}',
-        r'{"sentence_good": "A.", "sentence_bad": "\ud83d"}',
-        '{"Context1": "a", "Context2": "b", "Target1": "secret"}',
-        '{"sentence_good": "A.", "sentence_bad": " "}',
-        '{"Context1": " ", "Context2": "b", "Target1": "secret", "Target2": "c"}',
-    ):
-        (pairs / "b.jsonl").write_text(
-            '{"sentence_good": "A.", "sentence_bad": "B."}\n' + line + "\n"
-        )
-        result = invoke("eval-blimp", "-m", saved, "-d", pairs, code=1)
-        assert "b.jsonl, line 2: expected a JSON object" in result.stderr
-        assert "secret" not in result.stderr  # EWoK's text is not to be spread
-    nowhere = invoke("eval-blimp", "-m", saved, "-d", tmp_path / "nowhere", code=1)
-    assert "nowhere is not a folder" in nowhere.stderr
-    assert "holds no *.jsonl" in invoke("eval-blimp", "-m", saved, "-d", saved, code=1).stderr
-    write_pairs(pairs, "b.jsonl", [("A.", "B.")])
-    write_ewok(pairs, [("x", "A.", "B.", "C.", "D.")])
-    mixed = invoke("eval-blimp", "-m", saved, "-d", pairs, code=1).stderr
-    assert "expected pairs of one kind" in mixed
-    (pairs / "made-up.jsonl").unlink()
-    write_pairs(pairs, "b.jsonl", [("A.", "word " * 40)])
-    result = invoke("eval-blimp", "-m", saved, "-d", pairs, code=1)
-    assert "b.jsonl, line 1: a text has" in result.stderr and "positions" in result.stderr
-    ours = c.load_vocabulary(saved)
-    ours.tokenizer.normalizer = tokenizers.normalizers.Replace(tokenizers.Regex("[^A]"), "")
-    ours.tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    with pytest.raises(click.ClickException, match="line 2: nothing is left of a text"):
-        c.encode_pairs(ours, sentences("A", "A", "b", "A"), 40)
-
-
-def test_ruined_weights_are_said_to_be_so(saved, vocabulary):
-    broken, _ = c.load_model(saved, "cpu")
-    with torch.no_grad():
-        broken.norm.weight.fill_(math.nan)
-    c.save_model(saved, broken, vocabulary)
-    write_pairs(saved, "pairs.jsonl", [("A.", "B.")])
-    result = invoke("eval-blimp", "-m", saved, "-d", saved, code=1)
-    assert "not finite" in result.stderr
-    learning = ["--lr", "1e9", "--clip", "0", "--steps", "40"]
-    result = invoke(
-        "train", "-c", brief_config(saved.parent), "-o", saved.parent / "r", *learning, code=1
-    )
-    assert "begin again with a lower --lr" in result.stderr
-    assert not (saved.parent / "r/model.safetensors").exists()
-
-
-def test_teachers_that_cannot_teach(tmp_path):
-    config = brief_config(tmp_path, 'objective = "rkl"\nteachers = 2')
-    text = config.read_text()
-    config.write_text(text.replace("width = 48", "positions = 16\ncontext = 16\nwidth = 48"))
-    result = invoke("train", "-c", config, "-o", tmp_path / "a/run", code=1)
-    assert "teacher 1: --context 32 is longer than what it takes, 16" in result.stderr
-    config.write_text(
-        text.replace('model_type = "gpt2"', "")
-        .replace("dropout = 0.1", "")
-        .replace("tied = true", "")
-    )
-    result = invoke("train", "-c", config, "-o", tmp_path / "b/run", code=1)
-    assert "teachers of different settings" in result.stderr
-
-
-def test_a_teacher_is_not_overwritten_by_its_student(tmp_path):
-    config, out = brief_config(tmp_path), tmp_path / "run"
-    invoke("train", "-c", config, "-o", out)
-    before = (out / "model.safetensors").read_bytes()
-    again = [
-        "train",
-        "-c",
-        config,
-        "-o",
-        out,
-        "--teacher",
-        out,
-        "--objective",
-        "rkl",
-        "--overwrite",
-    ]
-    assert "would lie in one" in invoke(*again, code=1).stderr
-    assert (out / "model.safetensors").read_bytes() == before
-
-
-def test_a_teacher_with_another_vocabulary_is_refused(tmp_path, saved):
-    config, text = brief_config(tmp_path), tmp_path / "text-300"
-    c.train_tokenizer(text, c.read_documents(TINY, r"dev\.txt"), 300)
-    result = invoke(
-        "train",
-        "-c",
-        config,
-        "-o",
-        tmp_path / "out/run",
-        "--objective",
-        "rkl",
-        "--teacher",
-        saved,
-        "--tokenizer",
-        text,
-        code=1,
-    )
-    assert "has another vocabulary" in result.stderr and not (tmp_path / "out/run").exists()
-
-
-class Site(http.server.BaseHTTPRequestHandler):
-    """An address on this machine with `body`, which it gives in the way that the path says."""
-
-    body, asked, over, half = b"", [], threading.Event(), None
-
-    def log_message(self, *_):
-        pass
-
-    def answer(self, status: int, content: bytes = b"", **headers):
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), str(value))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def do_GET(self):
-        way, body, half = self.path.strip("/"), self.body, len(self.body) // 2
-        self.asked.append(self.headers["Range"])
-        start = int(self.headers.get("Range", "bytes=0-")[6:-1])
-        if way == "missing":
-            self.send_error(404)
-        elif way in ("moved", "loop"):
-            self.answer(302, Location="/broken" if way == "moved" else "/loop")
-        elif way == "babble":
-            self.wfile.write(b"SSH-2.0-OpenSSH\r\n")
-        elif way == "silent":
-            self.over.wait(5)
-        elif way in ("unsized", "unsized-broken"):
-            self.protocol_version = "HTTP/1.1"
-            self.answer(200, b"%x\r\n%b\r\n" % (half, body[:half]), Transfer_Encoding="chunked")
-            if way == "unsized" or start:
-                self.wfile.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(body) - half, body[half:]))
-            self.close_connection = True
-        elif start >= len(body) > 0:
-            self.answer(416, Content_Range=f"bytes */{len(body)}")
-        elif start and way != "deaf":
-            place = f"bytes {start + (way == 'astray') * 9}-{len(body) - 1}/{len(body)}"
-            self.answer(206, body[start:], Content_Range=place, Content_Length=len(body) - start)
-        elif way == "whole" or way == "deaf" and start:
-            self.answer(200, body, Content_Length=len(body))
+def test_the_readmes_commands_run(default_run, here):
+    """One after the other, but for names in capitals, and made small where it would take long."""
+    shutil.copytree(default_run / "runs", "runs")
+    teacher, tiny, config = *Path("runs").glob("t*-llama-*"), TINY, HOME / "configs/tiny.toml"
+    names = {"TRAIN_DIR": tiny, "DEV_DIR": tiny, "BLIMP_DIR": tiny / "blimp", "400000": 30_000,
+             "TEACHER": teacher, "runs/TEACHER": teacher, "runs/OTHER": teacher, "data/tiny": tiny,
+             "DIR": "runs/tiny-rkl-1-seed0", "data/blimp-filtered": tiny / "blimp",
+             "configs/small.toml": config, "configs/rv-1-24.toml": config}
+    small = {"train": "--steps 2 --warmup 1 --sample 20", "bench": "--rows 32 --vocab-size 64"}
+    commands = re.findall(r"^ {4}((?:python|torchrun) .*)", re.sub(r"\\\n *", "", README), re.M)
+    assert len(commands) > 12
+    for i, command in enumerate(commands):
+        words = [str(names.get(word, word)) for word in shlex.split(command, comments=True)]
+        start = 1 if words[0] == "python" else 3
+        program, verb, *args = [*words[start:], *small.get(words[start + 1], "").split()]
+        args += ["-o", f"runs/{i}"] * (verb == "train" and not {"-o", "--out"} & {*words})
+        if program == "choobaca.py" and start == 1:
+            assert invoke(verb, *args).stdout, command
+        elif program.startswith("data/"):
+            told = CliRunner().invoke(script(Path(program).stem).cli, [verb, "--help"])
+            assert told.exit_code == 0, command
         else:
-            self.answer(200, body[:half], Content_Length=len(body))
-            if way == "interrupted":
-                while not self.half.exists() or self.half.stat().st_size < c.PIECE:
-                    time.sleep(0.01)
-                _thread.interrupt_main()  # as Ctrl-C does
-            if way == "stalled":
-                self.over.wait(5)
-            for i in range(half, len(body), 5_000) if way in ("slow", "interrupted") else ():
-                time.sleep(0.01)
-                self.wfile.write(body[i : i + 5_000])
+            run = [sys.executable, *["-m", "torch.distributed.run", *words[1:3]] * (start > 1)]
+            assert subprocess.run([*run, HOME / program, verb, *args]).returncode == 0, command
 
+def test_the_readmes_divergence_is_one(here, monkeypatch):
+    """The line, put where the README says: its value, and a training of two steps."""
+    block, start = README[README.index("## Add a div"):], "DIVERGENCES = {\n"
+    name, entry = re.search(r'^ {4}"(\w+)": (\(.*\)),$', block, re.M).groups()
+    literal = re.search(rf'^ {{4}}"{name}": (lambda.*),$', block, re.M)[1]
+    Path("other.py").write_text(SOURCE.replace(start, f'{start}"{name}": {entry},\n'))
+    monkeypatch.syspath_prepend(here)
+    import other
+    log_q, log_p = torch.randn(2, 5, 40, dtype=torch.float64).log_softmax(-1)
+    found = other.DIVERGENCES[name][0](log_q, log_p, None, None)
+    torch.testing.assert_close(found, eval(literal)(log_q, log_p, None, None), rtol=0, atol=1e-10)
+    args = f"train -c brief.toml --teachers 1 --steps 2 -o r/x --objective {name}"
+    assert CliRunner().invoke(other.cli, args.split()).exit_code == 0
 
-def zipped(files: list, packed: int = zipfile.ZIP_DEFLATED, mode: int = 0o100644) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", packed) as made, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that a name is there twice
-        for name, content in files:
-            info = zipfile.ZipInfo(name)
-            info.compress_type, info.external_attr = packed, mode << 16
-            made.writestr(info, content)
-    return buffer.getvalue()
+def test_the_readmes_transformers_block_runs(default_run, monkeypatch):
+    transformers, names = pytest.importorskip("transformers"), {}
+    monkeypatch.chdir(default_run)
+    block = re.findall(r"^ {4}((?:from transformers|model =|tokenizer =).*)", README, re.M)
+    exec("\n".join(block), names)
+    assert isinstance(names["model"], transformers.PreTrainedModel)
+    assert names["tokenizer"](" the dog").input_ids and names["tokenizer"].bos_token_id == 1
 
+def test_the_readme_is_of_this_program(default_run, monkeypatch):
+    """Two commands' output, with 90 and 85 % of pairs right; all objectives and keys of the log."""
+    def first_cells(head):
+        cells = re.findall(r"^\| (`.*?) \|", README.split(head)[1].split("\n\n")[0], re.M)
+        return {*re.findall("`(.*?)`", " ".join(cells))}
 
-NOISE = {f"{name}.jsonl": np.random.default_rng(i).bytes(90_000) for i, name in enumerate("abc")}
-GOOD = zipped([(f"data/{name}", content) for name, content in NOISE.items()])
-SHA256 = hashlib.sha256(GOOD).hexdigest()
+    monkeypatch.chdir(default_run)
+    keys = {key for line in history("runs/tiny-rkl-1-seed0") for key in line}
+    assert first_cells("| key of the log |") == keys | {"seconds", "tokens_per_second"}
+    named = first_cells("| `--objective` | D |") | first_cells("| the others | D |")
+    assert named == {*c.KNOWN["objective"].metadata["choices"]}
+    args, said = ["eval-blimp", "-d", TINY / "blimp"], Path("out.txt").read_text()
+    teacher, student = map(float, re.findall(r"([\d.]+) ±", re.search("mean of 20 .*", said)[0]))
+    result, said = json.loads(invoke(*args, "--json").stdout), said + invoke(*args).stdout
+    assert teacher >= 90 and 85 <= student <= 98 and student == round(100 * result["accuracy"], 1)
+    assert f"{result['model']} {result['n']}" == "runs/tiny-rkl-1-seed0 2000"
+    shown = README.split("is included, and prints\n")[1].split("**Status.**")[0]
+    for line in re.findall("^ {4}(?!python)(.*[a-z].*)", shown, re.M):
+        assert re.sub(r"[\d.\s]+", " ", line).strip() in re.sub(r"[\d.\s]+", " ", said), line
 
+# -----------------------------------------------------------------------------
+# data/download.py
+
+def run_script(module, *args, code: int = 0) -> str:
+    """What a script's command says, checked to have ended with the exit code and no traceback."""
+    result = CliRunner().invoke(module.cli, [str(arg) for arg in args])
+    assert isinstance(result.exception, SystemExit | None), result.exception
+    assert result.exit_code == code, result.output
+    return result.stderr if code else result.stdout
 
 def files_in(folder: Path) -> dict[str, bytes]:
     paths = [path for path in folder.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
+def zipped(files: dict, packed: int = zipfile.ZIP_DEFLATED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", packed) as made:
+        for name, content in files.items():
+            made.writestr(zipfile.ZipInfo(name), content, packed)
+    return buffer.getvalue()
+
+load = script("download")
+PAIRS = {"": r"data/(\w+\.jsonl)"}
+NOISE = {f"{name}.jsonl": np.random.default_rng(i).bytes(90_000) for i, name in enumerate("abc")}
+GOOD = zipped({f"data/{name}": content for name, content in NOISE.items()})
+SHA256, MD5 = hashlib.sha256(GOOD).hexdigest(), hashlib.md5(GOOD).hexdigest()
+
+class Site(socketserver.StreamRequestHandler):
+    """An address on this machine that gives the server's body in the way that its path says."""
+
+    def handle(self):
+        request = b"".join(iter(self.rfile.readline, b"\r\n")).decode()
+        way, body, half = request.split()[1][1:], self.server.body, len(self.server.body) // 2
+        start = int(re.search(r"(?:Range: bytes=(\d+)-|$)", request)[1] or 0)
+        self.server.asked.append(start)
+        sized = b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%b"
+        whole, part = sized % (b"200 OK", len(body), body), sized % (b"416 None", 0, b"")
+        if start < len(body):
+            part = sized % (b"206 Part", len(body) - start, body[start:])
+        pieces = body[:half], body[half:], b""
+        chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"".join(
+            b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+        moved = b"HTTP/1.1 302 Found\r\nLocation: /%s\r\n\r\n"
+        first, later = {
+            "whole": (whole, part), "deaf": (whole[:-half], whole), "silent": (b"", b""),
+            "unsized": (chunked, b""), "unsized-broken": (chunked[:half], chunked),
+            "moved": (moved % b"broken", moved % b"broken"), "loop": (moved % b"loop", b""),
+            "missing": (b"HTTP/1.1 404 Not Found\r\n\r\n", b""), "babble": (b"SSH-2.0\r\n", b"")
+            }.get(way, (whole[:-half], part))               # broken, interrupted, stalled
+        self.wfile.write(later if start else first)
+        if way in ("silent", "stalled") and not start:
+            self.server.over.wait(5)
+        while way == "interrupted" and not start and not self.server.over.wait(0.01):
+            if self.server.half.exists() and self.server.half.stat().st_size >= load.PIECE:
+                return _thread.interrupt_main()             # as Ctrl-C does
 
 @pytest.fixture
-def download(tmp_path, monkeypatch):
-    """A function that runs the command on the site: nothing or everything is then there."""
+def site(tmp_path, monkeypatch):
+    """A server, whose `run` runs the command on it: nothing or everything is then there."""
     monkeypatch.setenv("no_proxy", "*")
-    fresh = {"body": GOOD, "asked": [], "over": threading.Event()}
-    for name, value in {**fresh, "half": tmp_path / "pairs.partial/1.zip.partial"}.items():
-        monkeypatch.setattr(Site, name, value)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Site)
-    server.handle_error = lambda *_: None  # that a client went away
-    threading.Thread(target=server.serve_forever, args=(0.01,)).start()
-    (tmp_path / "mine").write_text("years")
 
     def run(way: str = "whole", digest: str = "", code: int = 0) -> str:
-        url = way if "://" in way else f"http://127.0.0.1:{server.server_port}/{way}"
-        monkeypatch.setitem(c.SOURCES, "blimp", [c.Source(url, {"": r"data/(\w+\.jsonl)"}, digest)])
-        result = invoke("download", "blimp", "-o", tmp_path / "pairs", code=code)
+        url = way if "://" in way else server.url + way
+        monkeypatch.setitem(load.SOURCES, "supplement", [load.Source(url, PAIRS, digest)])
+        message = run_script(load, "supplement", "-o", tmp_path / "pairs", code=code)
         there = files_in(tmp_path)
         if not code:
-            assert there == {"mine": b"years"} | {f"pairs/{key}": NOISE[key] for key in NOISE}
-            assert not (tmp_path / "pairs.partial").exists()
-            return result.stdout
-        assert there.pop("mine") == b"years" and not (tmp_path / "pairs").exists()
+            assert there == {f"pairs/{key}": NOISE[key] for key in NOISE}
+            assert not server.half.parent.exists()
+            return message
         assert set(there) <= {"pairs.partial/1.zip", "pairs.partial/1.zip.partial"}
-        assert result.stdout == ""
-        message = result.stderr.split("Error: ")[-1].strip()
-        assert url in message or "pairs.partial/1.zip" in message or "Aborted!" in message
-        assert "\n" not in message.split("Aborted!")[0].split("\r")[-1].strip()
+        message = message.split("Error: ")[-1].strip()
+        assert "Aborted!" in message or "\n" not in message and re.search(f"{url}|1.zip", message)
         return message
 
-    yield run
-    Site.over.set()
-    server.shutdown()
-    server.server_close()
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Site) as server:
+        server.run, server.url = run, f"http://127.0.0.1:{server.server_address[1]}/"
+        server.body, server.asked, server.over = GOOD, [], threading.Event()
+        server.half = tmp_path / "pairs.partial/1.zip.partial"
+        server.handle_error = lambda *_: None               # that a client went away
+        threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+        yield server
+        server.over.set()
+        server.shutdown()
 
-
-@pytest.mark.parametrize("digest", ["", SHA256, hashlib.md5(GOOD).hexdigest()])
-@pytest.mark.parametrize("way", ["whole", "unsized", "slow"])
-def test_a_download_is_loaded_once(download, way, digest):
-    assert "pairs: 3 files, 270,000 bytes" in download(way, digest)
-    assert "is there already" in download(way, digest)
-    assert Site.asked == [None]
-
+@pytest.mark.parametrize("digest", ["", SHA256, MD5])
+@pytest.mark.parametrize("way", ["whole", "unsized"])
+def test_a_download_happens_once(site, way, digest):
+    assert "pairs: 3 files, 270,000 bytes" in site.run(way, digest)
+    assert "is there already" in site.run(way, digest) and site.asked == [0]
 
 @pytest.mark.parametrize("digest", ["", SHA256])
-@pytest.mark.parametrize(
-    "way", ["broken", "moved", "interrupted", "stalled", "deaf", "unsized-broken"]
-)
-def test_a_broken_download_goes_on(download, way, digest, monkeypatch):
-    real, half = urllib.request.urlopen, len(GOOD) // 2
+@pytest.mark.parametrize("way", "broken moved interrupted stalled deaf unsized-broken".split())
+def test_a_broken_download_goes_on(site, way, digest, monkeypatch):
+    real, waits = urllib.request.urlopen, []
+    monkeypatch.setattr(urllib.request, "urlopen", lambda request, timeout:
+                        waits.append(timeout) or real(request, timeout=0.3))
+    message = site.run(way, digest, code=1)
+    assert ("Aborted!" if way == "interrupted" else " could not be downloaded: ") in message
+    got = site.half.read_bytes()
+    assert load.PIECE <= len(got) < len(GOOD) and GOOD.startswith(got)
+    assert way != "broken" or f"after {len(got):,} of {len(GOOD):,} bytes. Run this" in message
+    site.run(way, digest)
+    assert site.asked == ([0, 0, len(got), len(got)] if way == "moved" else [0, len(got)])
+    assert set(waits) == {30}
 
-    def impatient(request, timeout):
-        assert timeout == 30
-        return real(request, timeout=0.3)
-
-    monkeypatch.setattr(urllib.request, "urlopen", impatient)
-    message = download(way, digest, code=1)
-    if way == "interrupted":
-        assert "Aborted!" in message
-    else:
-        assert re.search(r" is not loaded: .*Run this again to go on, or put the file", message)
-    got = Site.half.read_bytes()
-    assert c.PIECE <= len(got) < len(GOOD) and GOOD.startswith(got)
-    assert way != "broken" or f"after {half:,} of {len(GOOD):,} bytes" in message
-    download(way, digest)
-    assert set(Site.asked) == {None, f"bytes={len(got)}-"}
-    assert len(Site.asked) == (4 if way == "moved" else 2)
-
-
-def test_what_an_earlier_download_left_is_never_trusted(download):
+def test_what_an_earlier_download_left_is_never_trusted(site):
     """Whole, too long, of another file, by hand: what comes out is the file, or a sentence."""
     for left in (GOOD, GOOD + b"more", b"x" * 1_000, b""):
-        Site.half.parent.mkdir()
-        Site.half.write_bytes(left)
-        if left.startswith(GOOD):
-            assert "HTTP Error 416" in download(code=1)
-        if left == b"x" * 1_000:
-            assert "has another sha256 than expected" in download(digest=SHA256, code=1)
-            assert files_in(Site.half.parent) == {}
-        download(digest=SHA256)
-        shutil.rmtree(Site.half.parent.with_name("pairs"))
-    Site.half.parent.mkdir()
-    Site.half.with_name("1.zip").write_bytes(b"not it")
-    assert "has another sha256" in download(digest=SHA256, code=1)
-    asked = len(Site.asked)
-    Site.half.with_name("1.zip").write_bytes(GOOD)
-    download("missing", SHA256)
-    assert len(Site.asked) == asked
+        site.half.parent.mkdir()
+        site.half.write_bytes(left)
+        if left:
+            message = site.run(digest=SHA256, code=1)
+            assert ("HTTP Error 416" if left.startswith(GOOD) else f"expected {SHA256}") in message
+            assert files_in(site.half.parent) == {}
+        assert f"the md5 {MD5}: expected {'0' * 32}. Run this" in site.run(digest="0" * 32, code=1)
+        site.half.with_name("1.zip").write_bytes(b"by hand")
+        assert hashlib.sha256(b"by hand").hexdigest() in site.run(digest=SHA256, code=1)
+        assert files_in(site.half.parent) == {"1.zip": b"by hand"}
+        site.half.with_name("1.zip").write_bytes(GOOD)
+        site.run("missing", SHA256)
+        shutil.rmtree(site.half.parent.with_name("pairs"))
 
-
-def test_a_download_that_cannot_be_is_one_sentence(download, monkeypatch):
+def test_a_download_that_cannot_be_is_one_sentence(site, monkeypatch):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         closed = f"http://127.0.0.1:{free.getsockname()[1]}/x.zip"
-    by_hand = r" is not loaded: .*{}.*put the file there by hand: \S+pairs\.partial/1\.zip\.$"
-    for way, reason in (
-        ("missing", "HTTP Error 404: Not Found"),
-        ("loop", "infinite loop"),
-        ("babble", "SSH-2.0-OpenSSH"),
-        (closed, "refused"),
-    ):
-        assert re.search(by_hand.format(reason), download(way, code=1)), way
-    for digest in ("0" * 32, "0" * 64):
-        message = download(digest=digest, code=1)
-        assert f"expected, {digest}. What was loaded is removed" in message
-        assert files_in(Site.half.parent) == {}
     real = urllib.request.urlopen
-    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: real(url, None, 0.2))
-    assert re.search(by_hand.format("timed out"), download("silent", code=1))
 
-    def unknown(*_, **__):
-        raise socket.gaierror(-2, "Name or service not known")
+    def impatient(request, timeout):
+        if "osf.test" in request.full_url:                  # no name server is asked here
+            raise OSError(socket.gaierror(-2, "Name or service not known"))
+        return real(request, timeout=0.3)
+    monkeypatch.setattr(urllib.request, "urlopen", impatient)
+    wanted = r" could not be downloaded: .*{}.*put the file there by hand: \S+partial/1\.zip\.$"
+    for way, reason in {"missing": "404: Not Found", "loop": "infinite loop", "babble": "SSH-2.0",
+                        "silent": "timed out", closed: "refused", "http://osf.test/x": "not known"
+                        }.items():
+        assert re.search(wanted.format(reason), site.run(way, code=1)), way
 
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    assert re.search(by_hand.format("not known"), download("http://osf.test/x", code=1))
-
-
-def test_a_full_disk_keeps_what_was_loaded(download):
+def test_a_full_disk_keeps_what_was_downloaded(site):
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
-        message = download(code=1)
+        assert "File too large" in site.run(code=1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "File too large" in message
-    download()
-    assert Site.asked == [None, "bytes=100000-"]
+    site.run()
+    assert site.asked == [0, 100_000]
 
-
-def hostile_archives():
-    """Each: an archive, and what the one sentence on it says."""
-    one = [("data/a.jsonl", b"text " * 4_000)]
-    plain = zipped([("data/b.jsonl", b"good"), *one], zipfile.ZIP_STORED)
-    zeros = zipped([("data/a.jsonl", b"\0" * 50_000)])
-    yield b"<html>", "not a zip file"
-    yield b"", "not a zip file"
-    yield GOOD[: len(GOOD) // 2], "not a zip file"
-    yield plain[9_000:], "cannot be unpacked"
-    yield plain.replace(b"text text", b"test text", 1), "Bad CRC-32 for file 'data/a.jsonl'"
-    yield plain.replace(b"\x14\0\0\0", b"\x14\0\1\0"), "encrypted"
-    yield zipped([("readme", b""), ("data/", b""), ("data/a.txt", b"A")]), "expected data/"
-    yield zeros, "of 30,000 bytes at most"
-    yield zipped([(f"data/{i}.jsonl", b"\0" * 20_000) for i in (1, 2)]), "30,000 bytes"
-    yield zeros.replace((50_000).to_bytes(4, "little"), b"\x09\0\0\0"), "Bad CRC-32"
-
-
-def test_a_hostile_archive_is_one_sentence(download, monkeypatch):
-    monkeypatch.setattr(c, "ROOM", 30_000)
-    for content, wanted in hostile_archives():
-        Site.body = content
-        message = download(code=1)
-        assert wanted in message and re.search("[Dd]elete it,? and run this again.$", message), wanted
-        assert files_in(Site.half.parent) == {"1.zip": content}
-        Site.half.with_name("1.zip").unlink()
-
+def test_a_hostile_archive_is_one_sentence(site, monkeypatch):
+    monkeypatch.setattr(load, "ROOM", 30_000)
+    plain = zipped({"data/b.jsonl": b"good", "data/a.jsonl": b"text " * 4_000}, zipfile.ZIP_STORED)
+    zeros = zipped({"data/a.jsonl": b"\0" * 50_000})
+    two = zipped({f"data/{i}.jsonl": b"\0" * 20_000 for i in (1, 2)})
+    for content, wanted in (
+            (b"<html>", "not a zip file"), (b"", "not a zip file"),
+            (GOOD[:len(GOOD) // 2], "not a zip file"), (plain[9_000:], "cannot be unpacked"),
+            (plain.replace(b"text text", b"test text", 1), "Bad CRC-32 for file 'data/a.jsonl'"),
+            (plain.replace(b"\x14\0\0\0", b"\x14\0\1\0"), "encrypted"),
+            (zipped({"readme": b"", "data/": b"", "data/a.txt": b"A"}), "expected data/"),
+            (zeros, "1 wanted files of 50,000 bytes, expected"), (two, "30,000 bytes at most"),
+            (zeros.replace((50_000).to_bytes(4, "little"), b"\x09\0\0\0"), "Bad CRC-32")):
+        site.body = content
+        message = site.run(code=1)
+        assert wanted in message and message.endswith("delete it, and run this again."), wanted
+        assert files_in(site.half.parent) == {"1.zip": content}
+        site.half.with_name("1.zip").unlink()
 
 def test_no_bit_of_an_archive_can_be_wrong_unseen(tmp_path):
     """Any one of them: the text is what it was, or the error is a sentence."""
-    files, draw, outcomes = [("data/a.jsonl", b"Some text. " * 30)], np.random.default_rng(0), []
-    for packed in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        for _ in range(400):
-            content = bytearray(zipped(files, packed))
-            content[draw.integers(len(content))] ^= 1 << draw.integers(8)
-            (tmp_path / "x.zip").write_bytes(content)
-            try:
-                c.unpack(tmp_path / "x.zip", {"": r"data/(\w+\.jsonl)"}, tmp_path / "out")
-                assert files_in(tmp_path / "out") == {"a.jsonl": files[0][1]}
-            except click.ClickException as error:
-                outcomes.append(error.message)
-    assert 400 < len(outcomes) < 800
+    text, draw, errors = b"Some text. " * 30, np.random.default_rng(0), 0
+    for packed, _ in itertools.product((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED), range(400)):
+        content = bytearray(zipped({"data/a.jsonl": text}, packed))
+        content[draw.integers(len(content))] ^= 1 << draw.integers(8)
+        (tmp_path / "x.zip").write_bytes(content)
+        try:
+            load.unpack(tmp_path / "x.zip", PAIRS, tmp_path / "out")
+            assert files_in(tmp_path / "out") == {"a.jsonl": text}
+        except click.ClickException:
+            errors += 1
+    assert 400 < errors < 800
 
-
-def test_no_path_leads_out_of_the_folder(tmp_path):
+def test_no_path_leads_out_of_the_folder_and_every_pattern_matches(tmp_path):
     """Only what a pattern's group holds becomes a name: no slash, no dot to begin with."""
-    names = ["../../data/a.jsonl", "/data/b.jsonl", "C:/x/data/c.jsonl", "data/d.jsonl"]
-    left = ["data/../../e.jsonl", "data//f.jsonl", "data/..jsonl", "..\\data\\h.jsonl"]
-    left += ["data/i.jsonl/", "data/x/j.jsonl", "notdata/k.jsonl", "__MACOSX/data/._d.jsonl"]
-    folder = tmp_path / "deep/er/folder"
-    (tmp_path / "x.zip").write_bytes(zipped([(name, name.encode()) for name in names + left]))
-    c.unpack(tmp_path / "x.zip", c.SOURCES["blimp"][0].members, folder)
+    taken = ["../../data/a.jsonl", "/data/b.jsonl", "C:/x/data/c.jsonl", "data/d.jsonl"]
+    left = ["data/../../e.jsonl", "data//f.jsonl", "data/..jsonl", "..\\data\\h.jsonl",
+            "data/i.jsonl/", "data/x/j.jsonl", "notdata/k.jsonl", "__MACOSX/data/._d.jsonl"]
+    (tmp_path / "x.zip").write_bytes(zipped({name: name for name in taken + left}))
+    load.unpack(tmp_path / "x.zip", load.SOURCES["blimp"][0].members, tmp_path / "deep/er/folder")
+    with pytest.raises(click.ClickException, match="4 wanted files of .* expected data.* and dev"):
+        load.unpack(tmp_path / "x.zip", {**PAIRS, "dev": "dev/(.*)"}, tmp_path / "out")
     (tmp_path / "x.zip").unlink()
-    taken = {f"deep/er/folder/{name[-7:]}": name.encode() for name in names}
-    assert files_in(tmp_path) == taken
+    assert files_in(tmp_path) == {f"deep/er/folder/{name[-7:]}": name.encode() for name in taken}
 
+LISTINGS = {        # what the archives of a source may hold; "=" and what it becomes, if anything
+    "babylm-2023": ["babylm_data/babylm_10M/aochildes.train=train_10M/aochildes.train README.md "
+                    "babylm_data/babylm_dev/qed.dev=dev/qed.dev babylm_data/babylm_100M/cbt.train "
+                    "babylm_data/babylm_test/cbt.test babylm_data/babylm_10M/ "
+                    "__MACOSX/babylm_data/babylm_10M/._aochildes.train"],
+    "babylm-2024": ["train_10M/ train_10M/childes.train=train_10M/childes.train .DS_Store "
+                    "train_10M/gutenberg.train=train_10M/gutenberg.train",
+                    "dev/simple_wiki.dev=dev/simple_wiki.dev bnc_spoken.dev=dev/bnc_spoken.dev"],
+    "blimp": ["data/ data/principle_A_case_1.jsonl=principle_A_case_1.jsonl raw/x.jsonl"],
+    "supplement": ["blimp_filtered/x.jsonl supplement_filtered/qa_easy.jsonl=qa_easy.jsonl"]}
 
-LISTINGS = {  # what the archives of a source may hold, and which of it is taken, as what
-    "babylm-2023": [
-        (
-            "babylm_data/babylm_10M/aochildes.train babylm_data/babylm_100M/aochildes.train "
-            "babylm_data/babylm_dev/cbt.dev babylm_data/babylm_test/cbt.test babylm_data/README.md "
-            "__MACOSX/babylm_data/babylm_10M/._aochildes.train babylm_data/babylm_10M/",
-            {0: "train_10M/aochildes.train", 2: "dev/cbt.dev"},
-        )
-    ],
-    "babylm-2024": [
-        (
-            "train_10M/ train_10M/bnc_spoken.train train_10M/childes.train .DS_Store",
-            {1: "train_10M/bnc_spoken.train", 2: "train_10M/childes.train"},
-        ),
-        (
-            "dev/simple_wiki.dev switchboard.dev",
-            {0: "dev/simple_wiki.dev", 1: "dev/switchboard.dev"},
-        ),
-    ],
-    "blimp": [
-        (
-            "data/ data/principle_A_case_1.jsonl data/wh_island.jsonl raw_results/x.jsonl",
-            {1: "principle_A_case_1.jsonl", 2: "wh_island.jsonl"},
-        )
-    ],
-    "blimp-filtered": [
-        (
-            "evaluation_data/blimp_filtered/causative.jsonl supplement_filtered/hypernym.jsonl",
-            {0: "causative.jsonl"},
-        )
-    ],
-    "supplement": [
-        (
-            "blimp_filtered/causative.jsonl supplement_filtered/qa_congruence_easy.jsonl",
-            {1: "qa_congruence_easy.jsonl"},
-        )
-    ],
-}
-
-
-def test_every_source_is_taken_out_of_its_archives(tmp_path, monkeypatch):
-    """Without `--out` it lies in data/, and all archives of a source become one folder."""
+@pytest.mark.parametrize("name", load.SOURCES)
+def test_a_source_is_unpacked_then_cleaned_or_filtered(tmp_path, monkeypatch, name):
+    """All archives become data/NAME; what is made of it is made again where it is missing."""
     monkeypatch.setattr(c, "HOME", tmp_path)
-    assert set(LISTINGS) == set(c.SOURCES)
-    for name, archives in LISTINGS.items():
-        expected, work = {}, tmp_path / f"data/{name}.partial"
-        work.mkdir(parents=True)
-        for i, (listing, taken) in enumerate(archives):
-            members = listing.split()
-            (work / f"{i + 1}.zip").write_bytes(zipped([(each, each.encode()) for each in members]))
-            expected |= {path: members[j].encode() for j, path in taken.items()}
-        if any(source.digest for source in c.SOURCES[name]):  # which these are not
-            assert "expected" in invoke("download", name, code=1).stderr
-        known = [source._replace(digest="") for source in c.SOURCES[name]]
-        monkeypatch.setitem(c.SOURCES, name, known)
-        assert f"data/{name}: {len(expected)} files" in invoke("download", name).stdout
-        assert files_in(tmp_path / "data" / name) == expected and not work.exists()
+    raw, made, work = {}, {}, tmp_path / f"data/{name}.partial"
+    work.mkdir(parents=True)
+    for i, listing in enumerate(LISTINGS[name], 1):
+        contents = {}
+        for member, _, path in (entry.partition("=") for entry in listing.split()):
+            two = [f'{{"sentence_good":  "{member}", "sentence_bad": "{word}"}}\n'.encode()
+                   for word in ("A", "Dims")]
+            contents[member] = b"".join(two)
+            if path:
+                raw[f"{name}/{path}"] = contents[member]
+            if path and name == "blimp":
+                made[f"{name}-filtered/{path}"] = two[0]
+            if path and "babylm" in name:
+                spaces = b" " if re.search("childes|bnc", path) else b"  "
+                path = f"{name}/{path.replace('/', '-clean/')}"
+                made[path] = contents[member].replace(b"  ", spaces)
+        (work / f"{i}.zip").write_bytes(zipped(contents))
+    known = load.SOURCES[name]
+    assert not known[0].digest or f"expected {known[0].digest}" in run_script(load, name, code=1)
+    monkeypatch.setitem(load.SOURCES, name, [source._replace(digest="") for source in known])
+    assert f"data/{name}: {len(raw)} files" in run_script(load, name) and not work.exists()
+    assert files_in(tmp_path / "data") == raw | made
+    for path in list(made)[:1]:
+        shutil.rmtree((tmp_path / "data" / path).parent)
+    assert f"data/{name} is there already" in run_script(load, name)
+    assert files_in(tmp_path / "data") == raw | made
+    for url, _, digest in known:
+        assert re.fullmatch("https://.* (|[0-9a-f]{32}|[0-9a-f]{64})", f"{url} {digest}")
 
+CLEANED = {"childes.train": ("*MOT:\tthere  it is .", "*MOT: there it is."),
+           "aochildes.dev": ("\ufeffwell\xa0, no ? !", "well, no?!"),
+           "cbt.train": ("the dog 's bone ; he did n't\r\n", "the dog's bone; he did n't\r\n"),
+           "open_subtitles.train": ("Run!\nSUBTITLES by x\nGo.\n", "Run!\n\nGo.\n"),
+           "wikipedia.txt": ("= = = A town = = =\nIt is .", "A townIt is ."),
+           "qed.train": ("MY DOG lS HERE. (HE) RUNS!\n\n(Tom) All's well.\n(All ...)",
+                         "My dog is here. (he) runs!\n\n(Tom) All's well.\n(All ...)"),
+           "gutenberg.train": ("\ufeffa  b ,", "\ufeffa  b ,"),
+           "._qed.train": ("MY", ""), "cbt.test": ("a  b", ""), "notes.md": ("a  b", "")}
 
-def test_an_archive_that_lacks_a_part_is_refused(tmp_path):
-    (tmp_path / "x.zip").write_bytes(zipped([("babylm_10M/qed.train", b"text")]))
-    with pytest.raises(click.ClickException, match="expected .*babylm_dev"):
-        c.unpack(tmp_path / "x.zip", c.SOURCES["babylm-2023"][0].members, tmp_path / "out")
+def test_cleaning_by_domain(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "deep/new"
+    old.mkdir()
+    for name, (before, _) in CLEANED.items():
+        (old / name).write_bytes(before.encode())
+    assert "7 files" in run_script(load, "clean", old, new)
+    assert files_in(new) == {name: after.encode() for name, (_, after) in CLEANED.items() if after}
+    assert "is there already" in run_script(load, "clean", old, new, code=1)
+    assert "no .train or .dev or .txt" in run_script(load, "clean", tmp_path / "x", old, code=1)
+    (old / "qed.dev").write_bytes(b"ab\xff")
+    assert "qed.dev is not UTF-8: " in run_script(load, "clean", old, tmp_path / "deep/er", code=1)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["new"]
 
+def test_filtering_by_words(tmp_path):
+    """A pair goes if either sentence has one of the rare words, whatever its case, as a whole."""
+    assert len(set((HOME / "data/blimp_rare_words.txt").read_text().split())) == 102
+    pairs = [("Scorch it.", "Karl ran."), ("Ex-husbands left.", "It left."),
+             ("The warp ran.", "A husband left."), ("The dog ran.", "Karla's dog ran.")]
+    lines = [json.dumps({"x": 1, "sentence_bad": b, "sentence_good": a}) + "\n" for a, b in pairs]
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    (old / "a.jsonl").write_text(" \n".join(lines))
+    (old / "._a.jsonl").write_bytes(b"\0")
+    assert "1 files, 2 lines" in run_script(load, "filter", old, new)
+    assert files_in(new) == {"a.jsonl": (lines[0] + lines[2]).encode()}
+    for line in (b"{", b"[]", b'"a"', b"\xff", b'{"sentence_good": "a"}', b"[" * 100_000,
+                 b'{"sentence_good": 1, "sentence_bad": 2}'):
+        (old / "b.jsonl").write_bytes(lines[0].encode() + line)
+        error = run_script(load, "filter", old, tmp_path / "x", code=1)
+        assert "b.jsonl, line 2: expected a JSON object with strings sentence_good" in error, line
+        assert {path.name for path in tmp_path.iterdir()} == {"old", "new"}
 
-def test_sources_are_well_formed():
-    for source in itertools.chain.from_iterable(c.SOURCES.values()):
-        assert source.url.startswith("https://")
-        assert re.fullmatch("|[0-9a-f]{32}|[0-9a-f]{64}", source.digest)
+SHARED = HOME.parent / "shared/data/blimp.tar.xz"
 
-
-def test_a_missing_folder_names_the_command(tmp_path, saved, monkeypatch):
-    monkeypatch.setattr(c, "HOME", tmp_path)
-    for name in c.SOURCES:
-        wanted = f" is not a folder: .* To get it, run python choobaca.py download {name}\\.$"
-        config, folder = brief_config(tmp_path), tmp_path / "data" / name
-        for args in (
-            ["train", "-c", config, "--text", folder / "train_10M"],
-            ["train", "-c", config, "--dev", folder],
-            ["train", "-c", config, "--pairs", tmp_path / "x/../data" / name],
-            ["eval-blimp", "-m", saved, "-d", folder],
-            ["eval-blimp", "-m", saved, "-d", folder, "--suite", "all"],
-        ):
-            error = invoke(*args, *["-o", tmp_path / "out"] * (args[0] == "train"), code=1).stderr
-            assert re.search(wanted, error.strip()), error
-    error = invoke("eval-blimp", "-m", saved, "--suite", "supplement", code=1).stderr
-    assert error.strip().endswith("run python choobaca.py download supplement.")
-    error = invoke("eval-blimp", "-m", saved, "-d", tmp_path / "data/blimps", code=1).stderr
-    assert "is not a folder" in error and "download" not in error
-
-
-def test_every_archive_of_a_source_is_there_before_any_is_unpacked(download, monkeypatch, tmp_path):
-    """One that fails leaves the others for the next call, and makes nothing."""
-    download("missing", code=1)
-    url = c.SOURCES["blimp"][0].url.removesuffix("missing")
-    first = c.Source(url + "whole", {"": r"data/(\w+\.jsonl)"})
-    second, out = c.Source(url + "missing", {"dev": r"(\w+\.dev)"}), tmp_path / "pairs"
-    monkeypatch.setitem(c.SOURCES, "blimp", [first, second])
-    assert "404" in invoke("download", "blimp", "-o", out, code=1).stderr
-    assert set(files_in(tmp_path)) == {"mine", "pairs.partial/1.zip"}
-    Site.half.with_name("2.zip").write_bytes(zipped([("dev/x.dev", b"text")]))
-    asked = len(Site.asked)
-    invoke("download", "blimp", "-o", out)
-    assert files_in(out) == NOISE | {"dev/x.dev": b"text"} and len(Site.asked) == asked
-
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the real BLiMP")
+def test_filtered_blimp_has_babylms_pairs(tmp_path):
+    with tarfile.open(SHARED) as archive:
+        archive.extractall(tmp_path, filter="data")
+    assert "67 files, 59,875" in run_script(load, "filter", tmp_path / "blimp", tmp_path / "x")
+    sizes = {name: content.count(b"\n") for name, content in files_in(tmp_path / "x").items()}
+    some = [sizes[f"{name}.jsonl"] for name in ("passive_1", "causative", "wh_island")]
+    assert sum(sizes.values()) == 59_875 and some == [840, 818, 960]
 
 # -----------------------------------------------------------------------------
-# The embedded data
+# data/figures.py
 
+figures = script("figures")
+POINTS = torch.arange(50, dtype=torch.float64) / 5
+
+def draw(*args, code=0):
+    """The result of a command of data/figures.py: an error is one sentence and no traceback."""
+    result = CliRunner().invoke(figures.cli, [str(arg) for arg in args])
+    assert result.exit_code == code and result.stderr.count("Error: ") == (code > 0), result.output
+    return result
+
+def table_of(page) -> list[list[str]]:
+    """The texts in the cells of a report's table; the page is well-formed XML, without a script."""
+    table = ElementTree.fromstring(page.read_text()).find("body/table")
+    assert not re.search("<script|<link|src=|@import|url\\(", page.read_text())
+    return [["".join(cell.itertext()) for cell in row] for row in table]
 
 @pytest.fixture(scope="module")
-def maker():
-    spec = importlib.util.spec_from_file_location("make_tiny", HOME / "data/make_tiny.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def two_runs(tmp_path_factory):
+    """A student and its teacher, of 24 steps."""
+    student = tmp_path_factory.mktemp("runs") / "x-drkl-1"
+    flags = "--width 32 --layers 1 --inner 32 --steps 24 --sample 40 --objective drkl --gamma 2"
+    invoke("train", *flags.split(), "--teachers", "1", "-o", student)
+    return student, *student.parent.glob("teacher-*")
 
+def test_a_report_shows_what_the_runs_are(two_runs, tmp_path):
+    assert draw("report", *two_runs).stdout == f"{two_runs[0] / 'report.html'}\n"
+    heads, *rows = table_of(two_runs[0] / "report.html")
+    for run, row in zip(two_runs, rows):
+        log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+        mean = 100 * c.read_scores(*run.glob("blimp-*")).right.mean()   # two pairs of each paradigm
+        assert row[heads.index("blimp, %")].startswith(f"{mean:.1f} ± ")
+        assert row[heads.index("loss")] == f"{np.mean([line['loss'] for line in log[-21:-1]]):.3f}"
+        assert row[heads.index("dev loss")] == f"{log[-1]['dev_loss']:.3f}"
+    teacher, loss = two_runs[1].name, "0.5 ce + 2 drkl at temperature 2, gamma 2"
+    assert rows[0][:1] + rows[0][2:5] == [f"● x-drkl-1{two_runs[0]}", loss, teacher, "24"]
+    assert rows[1][2:5] == ["ce", "none", "24"] and rows[1][heads.index("kl")] == ""
+    draw("report", *two_runs, "-o", tmp_path / "a.svg")
+    titles = re.findall('"title">(.*?)[ ,-].*?</text>', (tmp_path / "a.svg").read_text())
+    assert titles == ["Accuracy", "Cross", "Divergence", "Loss", "Learning", "Beta"]
+    ElementTree.parse(tmp_path / "a.svg")
 
-def test_the_data_is_what_the_grammar_writes(maker, tmp_path):
-    maker.write(tmp_path)
-    made = {
-        path.relative_to(tmp_path): path.read_bytes()
-        for path in tmp_path.rglob("*")
-        if path.is_file()
-    }
-    kept = {path.relative_to(TINY): path.read_bytes() for path in TINY.rglob("*") if path.is_file()}
-    assert made == kept
+def test_paradigms_count_alike(monkeypatch):
+    names = [("a_b", "p", 1), ("a_b", "q", 1), ("a_b", "q", 2), ("c", "r", 1), ("c", "r", 2)]
+    monkeypatch.setattr(c, "read_scores", lambda path: c.Scores(names, np.array([1, 0, 1, 1, 0])))
+    means = figures.accuracies(["one model"])
+    assert means.pop("mean of 3 paradigms") == [pytest.approx((200 / 3, 50 * 2**0.5 / 3))]
+    assert means == {"a b": [(75, 25)], "c": [(50, 50)]}
 
+def test_a_report_of_a_killed_run_of_a_plain_model_and_of_hostile_names(two_runs, tmp_path):
+    bad, out = "<script>alert('&\"')<-script>", tmp_path / "a.html"
+    run = shutil.copytree(two_runs[0], tmp_path / bad)
+    plain = shutil.copytree(run, tmp_path / "plain")
+    for path in (run / "model.safetensors", plain / "run.json", *run.glob("blimp-*")):
+        path.unlink()
+    (run / "log.jsonl").write_text((run / "log.jsonl").read_text() + '{"step": 41, "loss": 0.')
+    facts = json.loads((run / "run.json").read_text()) | {"teachers": [bad, 3, "\ud800"]}
+    del facts["settings"]["progressive"]                # as an older version would
+    c.write_json(run / "run.json", facts)
+    assert "No accuracies" in draw("report", plain, run, "-o", out).stderr
+    assert table_of(out)[1][2:] == [""] * 8
+    assert table_of(out)[2][3:5] == [f"{bad}, 3, ?", "24, unfinished"]
 
-def test_no_scored_sentence_was_ever_heard():
-    heard = {
-        line for name in ("train.txt", "dev.txt") for line in (TINY / name).read_text().splitlines()
-    }
-    pairs = c.read_pairs(TINY / "blimp")
-    assert not heard & {text.strip() for pair in pairs for _, text in pair[:2]}
-    assert (
-        len({pair.paradigm for pair in pairs}) == 20
-        and len({pair.phenomenon for pair in pairs}) == 10
-    )
-    assert all(pair.good != pair.bad for pair in pairs)
+def test_a_report_of_what_is_damaged_is_one_sentence(two_runs, tmp_path):
+    run, twin = (shutil.copytree(two_runs[0], tmp_path / name) for name in ("run", "twin"))
+    facts, out, (scores,) = (run / "run.json").read_text(), tmp_path / "a.html", run.glob("blimp*")
+    cases = [("run.json", text) for text in ("{", "{}", facts.replace("2.0", "[]"))]
+    cases += [("log.jsonl", text + '\n{"step": 1}\n') for text in (
+        "[]", '{"loss": 1}', '{"step": "a"}', '{"step": 1, "loss": []}', '{"step": NaN}')]
+    for name, text in (*cases, ("log.jsonl", ""), ("config.json", "[]"), (scores.name, "{")):
+        kept = (run / name).read_bytes()
+        (run / name).write_text(text)
+        assert f"{run / name}" in draw("report", run, "-o", out, code=1).stderr and not out.exists()
+        (run / name).write_bytes(kept)
+    (twin / scores.name).write_text(scores.read_text().replace('"line": ', '"line": 1'))
+    for args, wanted in (([run, twin], "of different pairs"), ([run, run], "1 to 8 different"),
+                         ([tmp_path], "config.json: No such"), ([run, "-o", "a.txt"], "a name in")):
+        assert wanted in draw("report", "-o", out, *args, code=1).stderr
 
+def test_a_chart_takes_any_numbers_and_has_few_round_ticks():
+    for low, high in ((0, 1), (-3, 1e-9), (2.28, 2.31), (7, 13_200), (1e20, 3e20)):
+        found = figures.ticks(low, high)
+        gaps = {f"{b - a:.6e}" for a, b in itertools.pairwise(found)}
+        assert 2 <= len(found) <= 6 and low <= min(found) and max(found) <= high * (1 + 1e-12)
+        assert len(gaps) == 1 and re.match("[125]\\.000000e", *gaps)
+    for low, high in ((0, 0), (0, 5e-324), (2, 2 + 1e-15), (-1e29, 1e29), (1e-300, 0)):
+        series = {f"{'long-' * 6}{i}": [(i, low), (2**53 - 1, high)] for i in range(8)}
+        chart = figures.line_chart({**series, "none": []}, "<T>", "x & y")
+        dots = [float(x.get("cx")) for x in ElementTree.fromstring(chart).iter() if x.get("cx")]
+        assert len(dots) == 9 and max(dots) < 300 and not re.search("nan|inf", chart)
 
-def test_a_bigram_model_fails_where_the_distance_is_long(maker):
-    scores = maker.bigram_scores()
-    for name in (
-        "subject_verb_agreement_prepositional_phrase",
-        "subject_verb_agreement_two_phrases",
-        "subject_verb_agreement_subject_relative",
-        "npi_scope",
-        "wh_vs_that_with_gap",
-    ):
-        assert scores[name] < 0.5, name
-    assert np.mean(list(scores.values())) < 0.65
+def test_in_the_toy_all_find_the_teacher_and_each_fits_its_part_first():
+    """AKL paper, Figures 2 and 3, from 20 starts a teacher: forward KL fits the head first, reverse
+    KL the far tail, and without Adam the whole tail."""
+    p = torch.stack([*figures.toy_teachers(POINTS).values()]).repeat_interleave(20, 0)
+    start = torch.rand(80, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    falling = p.sort(-1, descending=True)[0]
+    head = p >= falling.gather(1, (falling.cumsum(1) < 0.5).sum(1, True)) * (1 - 1e-9)
+    far = p < 1e-3                                      # which two modes have not
 
+    def gaps(name, epochs, optimizer):                  # by epoch, student and point
+        q, _ = figures.fit_distribution(p, name, start, lambda z: z, epochs, optimizer)
+        return (q - p).abs()
+
+    ends = {name: gaps(name, 200, "adam") for name in LITERAL}
+    more = ends["rkl"] - ends["fkl"]                    # reverse KL's error less forward KL's
+    assert all(gap[-1].max() < 1e-3 for gap in ends.values())
+    assert ((more * head).sum(-1)[1:8] > 0).all()
+    assert ((more * far).sum(-1)[1:11, far.any(1)] < 0).all()
+    assert ((more * ~head).sum(-1)[1:5] > 0).double().mean() > 0.95
+    assert (((gaps("rkl", 50, "sgd") - gaps("fkl", 50, "sgd")) * ~head).sum(-1)[1:] < 0).all()
+
+@pytest.mark.parametrize("name", c.DIVERGENCES)
+def test_the_toy_descends_by_the_divergences_gradients(name):
+    """A step of plain descent, in logits and in a Gaussian's parameters, against autograd."""
+    p, s = figures.toy_teachers(POINTS)["two modes"].expand(3, -1), settings()
+    for start, to_logits in ((torch.randn(3, 50).double(), lambda z: z), (torch.rand(3, 2).double(),
+                             lambda t: -((POINTS - t[:, :1]) ** 2) / t[:, 1:].exp())):
+        theta = start.clone().requires_grad_()
+        wanted = LITERAL[name](to_logits(theta).log_softmax(-1), p.log(), p.argmax(-1, True), s)
+        after = to_logits(start - torch.autograd.grad(wanted.sum(), theta)[0]).log_softmax(-1)
+        path, value = figures.fit_distribution(p, name, start, to_logits, 1, "sgd")
+        assert torch.allclose(path, torch.stack([to_logits(start).softmax(-1), after.exp()]))
+        assert torch.allclose(value[:, 0], LITERAL[name](after, p.log(), p.argmax(-1, True), s))
+
+def test_toy_shows_where_modes_are_sought(tmp_path):
+    """Only by a student that is one Gaussian, and only where the modes are narrow."""
+    results = json.loads(draw("toy", "--json", "--svg", tmp_path / "toy.svg").stdout)
+    fits, x = {}, POINTS.numpy()                        # mean and width of each Gaussian student
+    for teacher, result in results.items():
+        for name, row in result["objectives"].items():
+            gap, q = np.abs(np.subtract(row["q"], result["p"])).sum(), np.array(row["gaussian_q"])
+            assert row["head"][250] + row["tail"][-1] == pytest.approx(gap)
+            fits[teacher, name] = q @ x, (q @ x**2 - (q @ x)**2)**0.5
+    assert fits["two narrow modes", "fkl"] == pytest.approx((6, 2.4), abs=0.5)
+    assert fits["two narrow modes", "rkl"] == pytest.approx((7.5, 0.5), abs=0.01)
+    assert min(fits["two modes", name][1] for name in ("fkl", "rkl", "akl")) > 2
+    assert len(ElementTree.parse(tmp_path / "toy.svg").getroot()[1:]) == 4 * 3
+    lines = draw("toy", "--objective", "drkl", "--epochs", "6").stdout.splitlines()
+    assert len(lines) == 2 + 4 * 2 + 2 and {len(line.split()[-1]) for line in lines[2:-2]} == {25}
+    assert "'ce' is not one of" in draw("toy", "--objective", "ce", code=2).stderr
 
 # -----------------------------------------------------------------------------
-# The file itself
+# The benchmark of the loss: python test_choobaca.py bench --help
 
-SOURCE = (HOME / "choobaca.py").read_text()
-TREE = ast.parse(SOURCE)
+def peak():
+    """The most that this process has held, in bytes; None where the system does not say."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
+    return 1024 * int(found[1]) if found else None
 
+def measure(step, leaves):
+    """Seconds of a step, and the bytes that it holds at its peak beyond inputs and gradients."""
+    for leaf in leaves:
+        leaf.grad = None
+    gradients = sum(leaf.nbytes for leaf in leaves)
+    if leaves[0].is_cuda:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        begin.record(), step(), end.record(), torch.cuda.synchronize()
+        return begin.elapsed_time(end) / 1e3, torch.cuda.max_memory_allocated() - before - gradients
+    if peak():
+        Path("/proc/self/clear_refs").write_text("5")           # the peak is now what is held now
+    before, begin = peak(), time.perf_counter()
+    step()
+    return time.perf_counter() - begin, max(0, peak() - before - gradients) if before else None
 
-def test_nothing_is_used_before_it_is_defined():
-    definitions = [n for n in TREE.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
-    line = {n.name: n.lineno for n in definitions}
-    loads = (
-        (n, x)
-        for n in definitions
-        for x in ast.walk(n)
-        if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Load)
-    )
-    assert {(n.name, x.id) for n, x in loads if line.get(x.id, 0) > n.end_lineno} == set()
+def contestants(objectives, rows, width, teacher_width, vocab_size, chunk, dtype, device):
+    """What is compared, by name, forward and backward each. "products" is the four matmuls of a
+    loss in its chunks, and nothing else: no loss is faster. "plain" is plain_loss, by autograd."""
+    torch.manual_seed(0)
+    hidden, t_hidden, head, t_head = (                          # logits are N(0, 2^2)
+        (torch.randn(n, C, device=device) * (2 * C**-0.5) ** 0.5).to(getattr(torch, dtype))
+        for n in (rows, vocab_size) for C in (width, teacher_width))
+    targets = torch.randint(vocab_size, (rows,), device=device)
+    n = math.ceil(rows / math.ceil(rows / chunk))
 
+    @torch.no_grad()
+    def products():
+        z, w = hidden.new_empty(2, n, vocab_size)
+        head.grad, hidden.grad = torch.zeros_like(head), torch.empty_like(hidden)
+        for h, t, d_h in zip(hidden.split(n), t_hidden.split(n), hidden.grad.split(n)):
+            d_z = torch.mm(h, head.T, out=z[:len(h)])
+            torch.mm(t, t_head.T, out=w[:len(h)])
+            torch.mm(d_z, head, out=d_h)
+            head.grad.addmm_(d_z.T, h)
 
-def test_the_files_bars():
-    lines = SOURCE.splitlines()
-    assert len(lines) < 3300 and max(map(len, lines)) <= 100
-    rulers = {line[2]: i for i, line in enumerate(lines) if re.match(r"# \d\. ", line)}
-    assert list(rulers) == list("123456789") and rulers["7"] - rulers["1"] < 930
-    functions = [n for n in ast.walk(TREE) if isinstance(n, ast.FunctionDef)]
-    assert max(n.end_lineno - n.lineno + 1 for n in functions) <= 50
-    assert not re.search("TODO|FIXME|XXX", SOURCE)
-    top = {
-        alias.name.split(".")[0]
-        for n in ast.walk(TREE)
-        if isinstance(n, (ast.Import, ast.ImportFrom))
-        for alias in (n.names if isinstance(n, ast.Import) else [ast.alias(n.module)])
-    }
-    assert top - set(sys.stdlib_module_names) == {"click", "numpy", "torch", "tokenizers", "tqdm"}
+    def plain():
+        z, w = (hidden @ head.T).float(), (t_hidden @ t_head.T).float()
+        (c.plain_loss(z, w, targets, tau=2.0, alpha=0.5) / rows).backward()
 
+    def fused(objective):
+        s = c.Settings(objective=objective, teachers=1)
+        loss, _ = c.FusedLoss.apply(hidden, head, targets, t_hidden, t_head, s, 1.0, chunk)
+        (loss / rows).backward()
 
-def test_every_setting_is_read_somewhere():
-    read = {
-        n.attr
-        for n in ast.walk(TREE)
-        if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)
-    }
-    read |= {constant for _, constant in c.DIVERGENCES.values()}
-    assert {field.name for field in dataclasses.fields(c.Settings)} - read == set()
+    leaves = hidden.requires_grad_(), head.requires_grad_()
+    steps = {name: functools.partial(fused, name) for name in objectives}
+    steps = {"products": products, "plain": plain, **steps}
+    return {name: functools.partial(measure, step, leaves) for name, step in steps.items()}
 
+benchmark = click.Group(help="The benchmark of the loss. The tests are run by pytest.")
 
-def readme_settings() -> str:
-    """The README's table of settings, as it has to be."""
-    rows = ["| setting | what | default |", "|---|---|---|"]
-    for field in dataclasses.fields(c.Settings):
-        help, default = field.metadata["help"], str(field.default).removeprefix(f"{HOME}/")
-        choices = f" One of {', '.join(field.metadata['choices'])}." * bool(
-            field.metadata["choices"]
-        )
-        name = field.name.replace("_", "-")
-        rows.append(f"| `--{name}` | {help}{choices} | {default and f'`{default}`'} |")
-    return "\n".join(rows)
+@benchmark.command("bench", params=[
+    click.Option([f"--{name}"], default=size, show_default=True, type=click.IntRange(1, 2**20))
+    for name, size in {"rows": 4096, "width": 512, "teacher-width": 1024, "vocab-size": 16_000,
+                       "chunk": c.Settings.chunk, "repeats": 5}.items()])
+@click.option("--objective", "objectives", multiple=True, default=["rkl"], show_default=True,
+              type=click.Choice(["ce", *c.DIVERGENCES]), help="What to compare; may be repeated.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option("--plain/--no-plain", default=True, help="Also the loss with all logits at once.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON list in place of the table.")
+@click.option("--weigh", hidden=True, help="Print the peak memory of this one alone, in bytes.")
+def bench_command(repeats, plain, as_json, weigh, **sizes):
+    """Time and weigh the loss, forward and backward, against its bare matrix products."""
+    sizes["device"] = c.choose_device(sizes["device"])
+    steps = contestants(**sizes)
+    if weigh:
+        steps["products"]()             # the library's own work space is taken, and stays
+        return print(json.dumps(steps[weigh]()[1]))
+    own = sizes.pop("objectives")
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in sizes.items()]
+    flags += [f"--objective={name}" for name in own]
+    seconds, rows = {name: [] for name in steps if name != "plain" or plain}, []
+    for name in [*seconds] * (repeats + 1):     # all run once in a round; the first does not count
+        seconds[name].append(steps[name]()[0])
+    for name, (_, *times) in seconds.items():
+        alone = [sys.executable, __file__, "bench", *flags, f"--weigh={name}"]      # its peak
+        found = subprocess.run(alone, stdout=subprocess.PIPE, check=True).stdout
+        kind = ("fused", name) if name in own else (name, "rkl")
+        rows.append({"name": kind[0], "objective": kind[1], "seconds": float(np.median(times)),
+                     "seconds_all": times, "peak_bytes": json.loads(found),
+                     "ratio": float(np.median(np.divide(times, seconds["products"][1:])))})
+    lines = [f"{'':<9} {'objective':<9} seconds, median (range)  x products  peak, MB"] + [
+        f"{row['name']:<9} {row['objective']:<9} {row['seconds']:7.3f} "
+        f"({min(row['seconds_all']):.3f} to {max(row['seconds_all']):.3f}) {row['ratio']:11.2f} "
+        f"{(row['peak_bytes'] or 0) / 1e6:9,.0f}" for row in rows]
+    print(json.dumps(rows, indent=2) if as_json else "\n".join(lines))
 
+def test_bench_compares_and_weighs():
+    args = "bench --rows 2000 --vocab-size 4000 --width 16 --teacher-width 16 --chunk 100"
+    found = CliRunner().invoke(benchmark, f"{args} --objective rkl --objective ce --json")
+    rows = json.loads(found.stdout)
+    assert [row["name"] for row in rows] == ["products", "plain", "fused", "fused"]
+    assert [row["objective"] for row in rows] == ["rkl", "rkl", "rkl", "ce"]
+    for row in rows:
+        assert len(row["seconds_all"]) == 5 and row["ratio"] > 0
+        assert 0 < min(row["seconds_all"]) <= row["seconds"] <= max(row["seconds_all"])
+    plain, fused = (row["peak_bytes"] for row in rows[1:3])
+    assert plain is None or plain > 3 * max(4 * 2000 * 4000, fused)
+    table = CliRunner().invoke(benchmark, f"{args} --repeats 1 --no-plain").stdout
+    assert re.fullmatch(r".*\nproducts +rkl .*\nfused +rkl .*\n", table)
 
-def readme_commands() -> list[list[str]]:
-    """The arguments of each `python choobaca.py` and `torchrun` in the README's blocks."""
-    readme = re.sub(r"\\\n *", "", (HOME / "README.md").read_text())
-    lines = re.findall(r"^ {4,8}(?:\$ )?((?:python choobaca|torchrun).*)", readme, re.M)
-    return [shlex.split(line, comments=True) for line in lines]
-
-
-@pytest.mark.parametrize("command", readme_commands(), ids=" ".join)
-def test_the_readmes_commands_run(command, default_run, tmp_path, monkeypatch):
-    """Each as it is printed, but for names in capitals, and made small where it would take long."""
-    shutil.copytree(default_run / "runs", tmp_path / "runs")
-    monkeypatch.chdir(tmp_path)
-    names = {"TRAIN_DIR": TINY, "DEV_DIR": TINY, "BLIMP_DIR": TINY / "blimp", "$seed": 5,
-             "$objective": "srkl", "DIR": "runs/tiny-rkl-1-seed0",
-             "TEACHER": "runs/tiny-rkl-1-seed0"}  # fmt: skip
-    if command[2] == "compare":
-        names |= {"runs/rkl-0": names["DIR"], "runs/fkl-1": next(Path("runs").glob("teacher-*"))}
-    args = [str(names.get(arg, arg)) for arg in command[command[0] != "torchrun" :]]
-    small = ["--steps", "2", "--warmup", "1", "--sample", "20"]
-    if command[0] == "torchrun":
-        torchrun = [sys.executable, "-m", "torch.distributed.run", *args[1:]]
-        torchrun[torchrun.index("choobaca.py")] = HOME / "choobaca.py"
-        done = subprocess.run([*torchrun, *small, "--out", "runs/two"], timeout=200)
-        assert done.returncode == 0 and (tmp_path / "runs/two/model.safetensors").exists()
-        return
-    verb, *args = args[1:]
-    if verb == "train" and "--config" in args:
-        place = args.index("--config") + 1
-        args[place] = HOME / args[place]
-        args += ["--text", TINY, "--dev", TINY, "--pairs", TINY / "blimp", "--vocab-size", "300"]
-        args += ["--context", "64"] * ("--teacher" in args)
-        assert " GB" in invoke(verb, *args, "--dry-run").stdout
-    elif verb == "train":
-        assert "mean of 20" in invoke(verb, *args, *small, "--out", "runs/new").stdout
-    elif verb == "download":
-        assert "is there already" in invoke(verb, *args, "--out", tmp_path / "runs").stdout
-    elif verb == "bench":
-        sizes = ["--rows", "32", "--width", "8", "--teacher-width", "8", "--vocab-size", "64"]
-        assert int(invoke(verb, *args, *sizes, "--weigh", "rkl").stdout) >= 0
-    else:
-        assert invoke(verb, *args).stdout
-
-
-def test_the_readmes_figures_are_of_this_program(default_run, tmp_path):
-    """Titles and names; the numbers of another machine may differ a little."""
-    runs = [default_run / "runs/tiny-rkl-1-seed0", *default_run.glob("runs/teacher-*")]
-    invoke("report", *runs, "-o", tmp_path / "report.svg")
-    invoke("toy", "--svg", tmp_path / "toy.svg")
-    for name in ("report.svg", "toy.svg"):
-        made, shown = ((folder / name).read_text() for folder in (tmp_path, HOME / "data"))
-        words = [re.findall(r">([^<>\d]*[a-z][^<>]*)</text>", text) for text in (made, shown)]
-        assert words[0] == words[1] and len(words[0]) > 20
-        assert made.count("<path") == pytest.approx(shown.count("<path"), abs=10)
-
-
-def test_the_readmes_divergence_is_one(tmp_path, monkeypatch):
-    """The ten lines, put where the README says: value and gradient, and a training of two steps."""
-    readme = (HOME / "README.md").read_text()
-    blocks = re.findall(r"(?:^ {4}.*\n|\n(?= {4}))+", readme[readme.index("## Add a div") :], re.M)
-    function, literal = (textwrap.dedent(block).strip() for block in blocks[:2])
-    function, entry = function.split("DIVERGENCES = {\n")
-    assert len(blocks[0].split("\n")) <= 10
-    head = "DIVERGENCES = {"
-    source = SOURCE.replace(head, f"{function}\n{head}\n{entry}\n", 1)
-    (tmp_path / "other.py").write_text(source)
-    spec = importlib.util.spec_from_file_location("other", tmp_path / "other.py")
-    other = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "other", other)
-    spec.loader.exec_module(other)
-    wanted = eval(literal.split(": ", 1)[1].rstrip(","))
-    z, w = (scale * torch.randn(5, 40, dtype=torch.float64) for scale in (1.0, 2.0))
-    u = z.clone().requires_grad_()
-    value = wanted(u.log_softmax(-1), w.log_softmax(-1), None, None)
-    value.sum().backward()
-    q, p, r, *_ = other.to_probabilities(z, w, torch.empty_like(z))
-    found, gradient = other.DIVERGENCES["hellinger"][0](q, p, r, None, None)
-    torch.testing.assert_close(found[:, 0], value.detach(), rtol=0, atol=1e-10)
-    torch.testing.assert_close(gradient, u.grad, rtol=0, atol=1e-10)
-    args = ["train", "-c", str(brief_config(tmp_path)), "--teachers", "1", "--steps", "2"]
-    args += ["--objective", "hellinger", "-o", str(tmp_path / "run")]
-    done = CliRunner().invoke(other.cli, args)
-    assert done.exit_code == 0, done.output
-
-
-def test_the_readmes_transformers_block_runs(default_run, monkeypatch):
-    transformers = pytest.importorskip("transformers")
-    readme, names = (HOME / "README.md").read_text(), {}
-    monkeypatch.chdir(default_run)
-    lines = re.findall(r"^    ((?:from transformers|model =|tokenizer =).*)", readme, re.M)
-    exec("\n".join(lines), names)
-    assert isinstance(names["model"], transformers.PreTrainedModel)
-    assert names["tokenizer"](" the dog").input_ids
-
-
-def first_cells(readme: str, head: str) -> set[str]:
-    """What stands first in the rows of the table that begins so."""
-    table = readme[readme.index(head) :].split("\n\n")[0]
-    return set(re.findall(r"^\| `([^`]+)`", table, re.M)) - {"--objective"}
-
-
-def test_the_readme_is_of_this_program(default_run):
-    """Its table of settings is the program's, its log keys are all there, its output is real."""
-    readme = (HOME / "README.md").read_text()
-    assert readme_settings() in readme, readme_settings()
-    log = (default_run / "runs/tiny-rkl-1-seed0/log.jsonl").read_text().splitlines()
-    keys = {key for line in log for key in json.loads(line)}
-    assert first_cells(readme, "| key | what |") == keys
-    objectives = {field.name: field for field in dataclasses.fields(c.Settings)}["objective"]
-    named = first_cells(readme, "| `--objective` | D |") | {"akl-r"}
-    assert named == set(objectives.metadata["choices"])
-    assert f"about {round(len(SOURCE.splitlines()), -2):,} lines" in readme
-    for line in (default_run / "out.txt").read_text().splitlines():
-        shown = re.sub(r"[\d.\s]+", " ", line).strip()
-        assert shown in re.sub(r"[\d.\s]+", " ", readme), line
+if __name__ == "__main__":
+    benchmark()

@@ -1,0 +1,507 @@
+"""Draw figures: a page that compares runs, and the toy experiment of the AKL paper.
+
+    python data/figures.py report RUN [RUN ...]     settings, accuracies and curves on one HTML page
+    python data/figures.py toy                      what each divergence makes of a small teacher
+
+"AKL paper" is Wu et al. 2024, "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for
+Large Language Models". We write the SVG by hand, so no plotting package is needed.
+"""
+import html
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+import choobaca as c        # before torch, whose threads it sets up
+
+import click
+import numpy as np
+import torch
+from torch import Tensor
+
+# Colours of eight curves on a light and on a dark page; colour-blind eyes can tell them apart.
+LIGHT = "#373bb3 #ed7a0b #00a570 #882a6f #755d1c #7c85ff #1d2228 #a591ba".split()
+DARK = "#7f7cff #e0621c #2ee69a #b2659c #fdcc3c #a7d3ff #fffdf4 #838c6a".split()
+STYLE = """:root { color-scheme: light dark } body, svg { font: 13px/1.4 system-ui, sans-serif }
+body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem } main { columns: 26rem 2; gap: 2rem }
+h1 { font-size: 20px } table { border-collapse: collapse; display: block; overflow-x: auto }
+th, td { padding: 6px 12px 6px 0; text-align: left; vertical-align: top; min-width: 2rem;
+border-bottom: 1px solid #8886 } small, th { opacity: 0.7 } td:nth-child(1) { min-width: 10rem }
+td:last-child { white-space: nowrap }
+figure { margin: 0 0 1.5rem; break-inside: avoid } figure svg { max-width: 100%; height: auto }
+text { fill: currentColor; font-size: 12px } .soft { opacity: 0.7 } .end { text-anchor: end }
+.middle { text-anchor: middle } .title { font-size: 15px; font-weight: 600 }
+path { fill: none; stroke: currentColor; stroke-width: 1.6; stroke-linejoin: round }
+.axis, .chance { stroke: #8886; stroke-width: 1 } .chance { stroke: #888; stroke-dasharray: 4 3 }
+circle { fill: currentColor }
+"""
+STYLE += "".join(f".run{i} {{ color: {colour} }}\n" for i, colour in enumerate(LIGHT))
+STYLE += "@media (prefers-color-scheme: dark) {\n"
+STYLE += "".join(f".run{i} {{ color: {colour} }}\n" for i, colour in enumerate(DARK)) + "}"
+CURVES = {                  # the numbers of a log that the report draws
+    "ce": "Cross-entropy on training text",
+    "dev_loss": "Held-out loss",
+    "kl": "Divergence from the teachers, × τ²",
+    "loss": "Loss, by each run's own objective",
+    "lr": "Learning rate",
+    "beta": "Beta, the teachers' share of the mixed logits"}
+LAST = {                    # the numbers of its last lines that the report's table shows
+    "loss": ",.3f", "ce": ",.3f", "kl": ",.3f", "dev_loss": ",.3f", "tokens_per_second": ",.0f"}
+COLUMNS = ["run", "parameters", "objective", "teachers", "steps", *LAST]
+COLUMNS += [f"{suite}, %" for suite in c.SUITES]
+
+
+# -----------------------------------------------------------------------------
+# Charts: numbers -> the text of an SVG, whose looks are in STYLE
+
+def ticks(low: float, high: float) -> list[float]:
+    """Choose the ticks of an axis: at most six multiples of 1, 2 or 5 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10((high - low) / 5))
+    step = next(power * k for k in (1, 2, 5, 10, 20) if power * k * 5 >= high - low)
+    return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def span(values: list[float]) -> tuple[float, float]:
+    """Return the least and the greatest value, moved apart where they are too close."""
+    low = min(values)
+    high = max(values)
+    if high - low > 1e-9 * max(abs(low), abs(high)) + 1e-30:
+        return low, high
+    margin = 0.1 * abs(low) or 1.0
+    return low - margin, high + margin
+
+
+def text_at(x: float, y: float, words: str, kind: str = "") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{html.escape(words)}</text>'
+
+
+def drawing(title: str, names: list[str], width: int, height: int, parts: list[str]) -> str:
+    """Put a title and a legend above the parts of a chart, which are `height` pixels high."""
+    # the legend has as many columns as the longest name allows
+    names = [name if len(name) < 25 else f"{name[:9]}…{name[-14:]}" for name in names]
+    column = 30 + 7 * max(len(name) for name in names)
+    columns = width // column
+    head = [text_at(0, 15, title, "title")]
+    for i, name in enumerate(names):
+        x = column * (i % columns)
+        y = 34 + 18 * (i // columns)
+        head.append(f'<circle class="run{i % 8}" cx="{x + 5}" cy="{y}" r="4"/>')
+        head.append(text_at(x + 14, y + 4, name))
+
+    top = y + 18
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{top + height}" '
+            f'viewBox="0 0 {width} {top + height}">{"".join(head)}'
+            f'<g transform="translate(0 {top})">{"".join(parts)}</g></svg>')
+
+
+def line_chart(series: dict[str, list[tuple[float, float]]], title: str, x_label: str,
+               width: int = 460) -> str:
+    """Draw a curve through each name's points (x, y). Some names may have none."""
+    x_low, x_high = span([x for points in series.values() for x, _ in points])
+    y_low, y_high = span([y for points in series.values() for _, y in points])
+
+    def across(x: float) -> float:
+        return 60 + (width - 80) * (x - x_low) / (x_high - x_low)
+
+    def down(y: float) -> float:
+        return 166 - 160 * (y - y_low) / (y_high - y_low)
+
+    # the axes
+    parts = [f'<path class="axis" d="M60,166h{width - 80}"/>',
+             text_at(width - 20, 202, x_label, "soft end")]
+    for x in ticks(x_low, x_high):
+        parts.append(text_at(across(x), 184, f"{x:,.6g}", "soft middle"))
+    for y in ticks(y_low, y_high):
+        parts.append(f'<path class="axis" d="M60.0,{down(y):.1f}h{width - 80}"/>')
+        parts.append(text_at(54, down(y) + 4, f"{y:,.6g}", "soft end"))
+
+    # the curves: a name without points still has its colour
+    for i, points in enumerate(series.values()):
+        if points:
+            path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in points)
+            parts.append(f'<path class="run{i % 8}" d="M{path}"/>')
+    return drawing(title, list(series), width, 210, parts)
+
+
+def dot_chart(rows: dict[str, list[tuple[float, float]]], names: list[str], title: str) -> str:
+    """Draw percentages and their standard errors: a row for each label, a dot for each name."""
+    least = min(value - error for row in rows.values() for value, error in row)
+    low = max(0, min(40, 10 * int(least / 10)))
+    row_height = 12 + 9 * len(names)
+    bottom = row_height * len(rows)
+
+    def across(percent: float) -> float:
+        return 180 + 260 * (percent - low) / (100 - low)
+
+    # a vertical line every 10 %, dashed where chance is
+    parts = []
+    for percent in range(low, 101, 10):
+        kind = "chance" if percent == 50 else "axis"
+        parts.append(f'<path class="{kind}" d="M{across(percent):.1f},0V{bottom}"/>')
+        parts.append(text_at(across(percent), bottom + 18, str(percent), "soft middle"))
+
+    # the rows
+    for k, (label, row) in enumerate(rows.items()):
+        top = row_height * k
+        parts.append(text_at(170, top + row_height / 2 + 4, label[:26], "end"))
+        for i, (value, error) in enumerate(row):
+            y = top + 10.5 + 9 * i
+            parts.append(f'<g class="run{i}"><path d="M{across(value - error):.1f},{y}'
+                         f'H{across(value + error):.1f}"/>'
+                         f'<circle cx="{across(value):.1f}" cy="{y}" r="3.2"/></g>')
+    return drawing(title, names, 460, bottom + 26, parts)
+
+
+def sheet(charts: list[str], columns: int) -> str:
+    """Arrange charts from left to right, row by row, on one SVG 1,000 pixels wide."""
+    parts = []
+    top = 10
+    for i in range(0, len(charts), columns):
+        row = charts[i:i + columns]
+        for j, chart in enumerate(row):
+            parts.append(f'<g transform="translate({10 + 990 * j // columns} {top})">{chart}</g>')
+        top += 16 + max(int(re.search(r' height="(\d+)"', chart)[1]) for chart in row)
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="1000" height="{top}">'
+            f'<style>{STYLE}</style>{"".join(parts)}</svg>\n')
+
+
+# -----------------------------------------------------------------------------
+# The report: run folders -> a table, accuracies and curves
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """Read the lines of a log.jsonl, but not what a killed run left behind the last newline."""
+    with c.reading(path):
+        *lines, _ = path.read_bytes().split(b"\n")
+        rows = [json.loads(line, parse_int=float) for line in lines]
+        rows = [{key: float(row[key]) for key in row if row[key] is not None} for row in rows]
+    c.need(rows and all(0 < row.get("step", 0) < 2**53 for row in rows),
+           f"{path} is damaged: expected a step's number in every line. Leave the run out.")
+    return rows
+
+
+def curve(log: list[dict], key: str) -> list[tuple[float, float]]:
+    """Return (step, value) of each line of a log that has a finite number under the key."""
+    return [(row["step"], row[key]) for row in log if abs(row.get(key, math.inf)) < 1e30]
+
+
+def read_run(folder: Path) -> tuple[dict[str, str], list[dict]]:
+    """Return what the table says of a run, by column, and its log.
+
+    A folder without run.json holds another program's model, of which we know the size alone. An
+    unfinished run has no config.json, so its size is not shown."""
+    record = folder / "run.json"
+    cells = {"run": str(folder)}
+    if (folder / "config.json").exists() or not record.exists():
+        model = c.empty_model(*c.from_hf_config(folder / "config.json"))
+        cells["parameters"] = f"{c.count_parameters(model):,}"
+    if not record.exists():
+        return cells, []
+
+    # what it was asked to do; a run of an older version lacks the newest settings
+    with c.reading(record):
+        run = c.read_json(record)
+        settings = {**vars(c.Settings()), **run["settings"]}
+        _, constant = c.DIVERGENCES.get(settings["objective"], (None, None))
+        cells["objective"] = c.describe_loss(SimpleNamespace(**settings)).removeprefix("loss ")
+        if constant:
+            cells["objective"] += f", {constant} {settings[constant]:g}"
+        teachers = [Path(str(teacher)).name for teacher in run["teachers"]]
+        cells["teachers"] = ", ".join(teachers) or "none"
+
+    # how far it came
+    log = read_log(folder / "log.jsonl")
+    cells["steps"] = f"{log[-1]['step']:,.0f}"
+    if not (folder / "model.safetensors").exists():
+        cells["steps"] += ", unfinished"
+    for key, form in LAST.items():
+        lines = 1 if key == "dev_loss" else 20
+        values = [value for _, value in curve(log, key)[-lines:]]
+        if values:
+            cells[key] = format(np.mean(values), form)
+    return cells, log
+
+
+def curves(logs: list[list[dict]], names: list[str]) -> list[str]:
+    """Draw each quantity that some log has twice or more, as the means of up to 100 stretches.
+
+    We leave out the first eighth of a loss: it is so high that it would flatten the rest."""
+    charts = []
+    for key, title in CURVES.items():
+        series = {}
+        for name, log in zip(names, logs):
+            points = np.array(curve(log, key)).reshape(-1, 2)
+            start = 0 if key in ("lr", "beta") else len(points) // 8
+            stretches = np.array_split(points[start:], 100)
+            series[name] = [tuple(stretch.mean(0)) for stretch in stretches if len(stretch)]
+        if max(len(points) for points in series.values()) > 1:
+            charts.append(line_chart(series, title, "steps"))
+    return charts
+
+
+def accuracies(paths: list[Path]) -> dict[str, list[tuple[float, float]]]:
+    """Return each model's accuracy and standard error, for the mean and for each phenomenon.
+
+    All are in percent. As in eval-blimp, paradigms count alike, whatever their number of pairs."""
+    scores = [c.read_scores(path) for path in paths]
+    names = scores[0].names
+    c.need(all(each.names == names for each in scores), f"{', '.join(map(str, paths))} are of "
+           "different pairs, so one is damaged: score the models again with eval-blimp.")
+
+    def mean_and_error(right: np.ndarray, groups: list[list[int]]) -> tuple[float, float]:
+        means = [right[group].mean() for group in groups]
+        errors = [right[group].std() / math.sqrt(max(1, len(group) - 1)) for group in groups]
+        return 100 * float(np.mean(means)), 100 * math.hypot(*errors) / len(groups)
+
+    # a paradigm is a group of pairs, a phenomenon a group of paradigms
+    paradigms = {}
+    for i, (phenomenon, paradigm, _) in enumerate(names):
+        paradigms.setdefault((phenomenon, paradigm), []).append(i)
+    rows = {f"mean of {len(paradigms)} paradigms": list(paradigms.values())}
+    for (phenomenon, _), pairs in sorted(paradigms.items()):
+        rows.setdefault(phenomenon.replace("_", " "), []).append(pairs)
+    return {label: [mean_and_error(each.right, groups) for each in scores]
+            for label, groups in rows.items()}
+
+
+def report_page(names: list[str], table: list[dict[str, str]], figures: list[str]) -> str:
+    """Put the table and the figures on an HTML page that needs no other file."""
+    columns = [column for column in COLUMNS if any(column in row for row in table)]
+    rows = ["".join(f"<th>{column.replace('_', ' ')}</th>" for column in columns)]
+    for i, (name, row) in enumerate(zip(names, table)):
+        cells = [html.escape(row.get(column, "")) for column in columns]
+        cells[0] = (f'<span class="run{i}">●</span> <b>{html.escape(name)}</b><br/>'
+                    f"<small>{cells[0]}</small>")
+        rows.append("".join(f"<td>{cell}</td>" for cell in cells))
+    body = "".join(f"<tr>{row}</tr>\n" for row in rows)
+    return f"""<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"/><title>ChooBaCa</title>
+<meta name="viewport" content="width=device-width"/>
+<meta http-equiv="Content-Security-Policy"
+content="default-src 'none'; style-src 'unsafe-inline'"/><style>{STYLE}</style></head><body>
+<h1>{html.escape(", ".join(names))}</h1><table>{body}</table>
+<p>Losses are in nats a token; loss, ce (cross-entropy) and kl (τ² × divergence) are means of the
+last 20 steps. Each objective has its own loss: compare ce, or dev loss, which is held out. Curves
+of losses begin after an eighth of the steps. ± is one standard error, dashed is chance.
+python choobaca.py compare says whether a difference is more than luck.</p>
+<main><figure>{"</figure><figure>".join(figures)}</figure></main></body></html>
+"""
+
+
+@click.group(cls=c.Cli, context_settings={"help_option_names": ["-h", "--help"],
+                                          "max_content_width": 100})
+def cli() -> None:
+    """Draw a page that compares runs, or the toy experiment of the AKL paper."""
+
+
+@cli.command("report")
+@click.argument("folders", metavar="RUN [RUN ...]", type=click.Path(path_type=Path), nargs=-1,
+                required=True)
+@click.option("-o", "--out", type=click.Path(path_type=Path),
+              help="The page to write, *.html, or *.svg with the figures alone.  [default: "
+                   "report.html in the first run's folder]")
+def report_command(folders: tuple[Path, ...], out: Path | None) -> None:
+    """Write a page on up to eight runs: their settings, their accuracies and their curves.
+
+    Accuracies are of the pairs that train or eval-blimp has scored for all of the runs.
+
+    \b
+    Example: python data/figures.py report runs/tiny-ce-0-seed0 runs/tiny-rkl-1-seed0"""
+    out = out or folders[0] / "report.html"
+    different = {folder.resolve() for folder in folders}
+    c.need(len(different) == len(folders) <= 8 and out.suffix in (".html", ".svg"),
+           f"{len(folders)} runs, --out {out}: expected 1 to 8 different ones, and a name in .html "
+           "or .svg.")
+    table, logs = zip(*(read_run(folder) for folder in folders))
+    names = [folder.resolve().name for folder in folders]
+    if len(set(names)) < len(names):
+        names = [str(folder) for folder in folders]
+
+    # accuracies, of each suite that all runs have scores of
+    figures = []
+    for suite in c.SUITES:
+        files = [{path.name for path in folder.glob(f"{suite}-*.jsonl")} for folder in folders]
+        if not set.intersection(*files):
+            continue
+        file = c.common_scores(list(folders), suite)
+        rows = accuracies([folder / file for folder in folders])
+        figures.append(dot_chart(rows, names, f"Accuracy on {suite}, %"))
+        for cells, (accuracy, error) in zip(table, next(iter(rows.values()))):
+            cells[f"{suite}, %"] = f"{accuracy:.1f} ± {error:.1f}"
+    if not figures:
+        click.echo("No accuracies: no same pairs were scored for all of the runs. Run eval-blimp "
+                   "--model RUN for each.", err=True)
+    figures += curves(logs, names)
+
+    page = report_page(names, table, figures) if out.suffix == ".html" else sheet(figures, 2)
+    with c.written_whole(out) as file:
+        file.write(page.encode(errors="replace"))
+    click.echo(out)
+
+
+# -----------------------------------------------------------------------------
+# The toy experiment: a distribution over V points -> students that we fit to it
+
+def toy_teachers(x: Tensor) -> dict[str, Tensor]:
+    """Return the teachers: by name, a distribution over the points x, from 0 to 10. (V,) each.
+
+    The AKL paper gives no shapes. We took these, the 50 points and the student's first logits from
+    its authors' notebooks (github.com/wutaiqiang/LLM_KD_AKL, toy_examples), where x is ten times as
+    long. The narrow modes are ours."""
+    shapes = {                      # weight, mean and width of each peak
+        "one mode": [(1, 5, 1.5)],
+        "two modes": [(0.3, 2.5, 1), (0.5, 7.5, 1)],
+        "two narrow modes": [(0.3, 2.5, 0.5), (0.5, 7.5, 0.5)],
+        "long tail": [(1, 0, 1.6)]}
+    teachers = {}
+    for name, peaks in shapes.items():
+        density = sum(weight * (-((x - mean) / width)**2 / 2).exp()
+                      for weight, mean, width in peaks)
+        teachers[name] = density / density.sum()
+    return teachers
+
+
+def fit_distribution(p: Tensor, objective: str, start: Tensor, to_logits, epochs: int,
+                     optimizer: str) -> tuple[Tensor, Tensor]:
+    """Fit n students to p (n, V), by a divergence of training with its default constant.
+
+    A row of `start` holds a student's parameters; to_logits makes logits (n, V) of them. drkl's
+    observed token is the likeliest. Returns the students' q before each epoch and at the end,
+    (epochs + 1, n, V), and their last divergences (n, 1)."""
+    definition, name = c.DIVERGENCES[objective]
+    constant = getattr(c.Settings(), name) if name else None
+    targets = p.argmax(-1, keepdim=True)
+    theta = start.clone().requires_grad_()
+    if optimizer == "adam":
+        stepper = torch.optim.Adam([theta], lr=0.1)
+    else:
+        stepper = torch.optim.SGD([theta], lr=1.0)
+
+    path = []
+    for _ in range(epochs + 1):
+        # by_autograd goes from the divergence to the logits, backward from there to theta
+        u = to_logits(theta)
+        path.append(u.detach().softmax(-1))
+        value, gradient = c.by_autograd(definition, u.detach(), p.log(), targets, constant)
+        stepper.zero_grad()
+        u.backward(gradient)
+        stepper.step()
+    return torch.stack(path), value
+
+
+def toy_results(objectives: tuple[str, ...], **how) -> dict[str, dict]:
+    """Return what `toy --json` prints: by teacher p and, by objective, what two students did.
+
+    The first has a logit for each point. "head" and "tail" are its sums of |p - q| in the head and
+    in the tail of p (AKL paper, Eqs. 12 to 14) by epoch, and "far" is the sum where p < 0.001;
+    "largest" is max |p - q| at the end, and "q" the end itself. The second is one Gaussian, whose
+    mean and width we fit. It has several minima: "gaussian_q" is the best end of ten starts."""
+    x = torch.arange(50, dtype=torch.float64) / 5
+    teachers = toy_teachers(x)
+    p = torch.stack(list(teachers.values()))                            # (4, V)
+    free = torch.rand(1, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    means = torch.arange(0.5, 10, dtype=torch.float64)
+    gaussians = torch.stack([means, torch.zeros_like(means)], 1)        # mean and log width
+
+    def gaussian(theta: Tensor) -> Tensor:
+        mean, log_width = theta.split(1, 1)
+        return -((x - mean) / log_width.clamp(-3, 9).exp())**2 / 2
+
+    # fit the students of all teachers at once: a row does not influence another
+    results = {name: {"p": row.tolist(), "objectives": {}} for name, row in zip(teachers, p)}
+    for objective in objectives:
+        path, _ = fit_distribution(p, objective, free.repeat(4, 1), lambda z: z, **how)
+        ends, value = fit_distribution(p.repeat_interleave(10, 0), objective,
+                                       gaussians.repeat(4, 1), gaussian, **how)
+        best = value.view(4, 10).argmin(1)
+        for i, result in enumerate(results.values()):
+            q = path[:, i]
+            gap = (p[i] - q).abs()
+            head = c.likely_share(q, p[i].expand_as(q), c.Settings().mu)[:, 0]
+            result["objectives"][objective] = {
+                "head": (head * gap.sum(-1)).tolist(),
+                "tail": ((1 - head) * gap.sum(-1)).tolist(),
+                "far": gap[:, p[i] < 1e-3].sum(-1).tolist(),
+                "largest": gap[-1].max().item(),
+                "q": q[-1].tolist(),
+                "gaussian_q": ends[-1, 10 * i + best[i]].tolist()}
+    return results
+
+
+def toy_figure(results: dict[str, dict]) -> str:
+    """Draw, for each teacher, errors in head and far tail by epoch, and the Gaussian students."""
+    charts = []
+    for teacher, result in results.items():
+        for key, title, x_label, x in (("head", "head's error", "epochs", range(51)),
+                                       ("far", "far tail's error", "epochs", range(51)),
+                                       ("gaussian_q", "one Gaussian", "x", np.arange(50) / 5)):
+            # the teacher is in every legend, so that an objective keeps its colour
+            series = {"teacher": list(zip(x, result["p"])) if key == "gaussian_q" else []}
+            for name, row in result["objectives"].items():
+                series[name] = list(zip(x, row[key]))
+            charts.append(line_chart(series, f"{teacher}: {title}", x_label, 320))
+    return sheet(charts, 3)
+
+
+def toy_table(results: dict[str, dict], epochs: int) -> str:
+    """Return a line for each teacher and for each objective, distributions drawn as blocks."""
+    # two lines of headings: the errors are shown at epochs 5 and 20
+    shown = [epoch for epoch in (5, 20) if epoch <= epochs]
+    wide = 6 * len(shown)
+    after = "".join(f"{epoch:>6}" for epoch in shown)
+    lines = [f"{'sum of |p - q| by epoch':<26}{'head':>{wide}}  {'tail':>{wide}}  "
+             f"{'p < 0.001':>{wide}}  largest at  one Gaussian,",
+             f"{'teacher':<17}{'objective':<9}{after}  {after}  {after}     the end  "
+             "the best of ten"]
+
+    # the teacher, then a line for each objective; the highest block is the group's largest value
+    for teacher, result in results.items():
+        rows = result["objectives"]
+        top = max(result["p"] + [value for row in rows.values() for value in row["gaussian_q"]])
+
+        def blocks(p: list[float], top: float = top) -> str:
+            return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * value / top))] for value in p[::2])
+
+        lines.append(f"{teacher:<{30 + 3 * wide}} the teacher  {blocks(result['p'])}")
+        for name, row in rows.items():
+            errors = ["".join(f"{row[part][epoch]:6.3f}" for epoch in shown)
+                      for part in ("head", "tail", "far")]
+            lines.append(f"{'':<17}{name:<9}{'  '.join(errors)}  {row['largest']:10.1e}  "
+                         f"{blocks(row['gaussian_q'])}")
+    return "\n".join([*lines, "", "head: the fewest tokens of half the mass; tail: the others."])
+
+
+@cli.command("toy")
+@click.option("--objective", "objectives", multiple=True, default=["fkl", "rkl", "akl"],
+              show_default=True, type=click.Choice(list(c.DIVERGENCES)),
+              help="What to compare; may be repeated.")
+@click.option("--epochs", default=250, show_default=True, type=click.IntRange(1, 2000),
+              help="Steps of the optimizer.")
+@click.option("--optimizer", type=click.Choice(("adam", "sgd")), default="adam", show_default=True,
+              help="Adam, as in the paper, or plain gradient descent.")
+@click.option("--svg", type=click.Path(dir_okay=False, path_type=Path),
+              help="Also draw all this into a file.")
+@click.option("--json", "as_json", is_flag=True, help="Print a JSON object in place of the table.")
+def toy_command(objectives: tuple[str, ...], svg: Path | None, as_json: bool, **how) -> None:
+    """Fit students to fixed distributions, as in the AKL paper (section 3.2, Figures 2 and 3).
+
+    A student with a logit for each token finds the teacher under every objective: it seeks no
+    modes. Only a student that cannot be the teacher (one Gaussian, two narrow modes) shows what
+    its objective seeks.
+
+    Early on, forward KL leads in the head, and reverse KL far out in the tail, where the teacher
+    has almost nothing (p < 0.001): each weighs errors by the probabilities in its sum. In the tail
+    as a whole forward KL leads under Adam, reverse KL under --optimizer sgd.
+
+    \b
+    Example: python data/figures.py toy --svg toy.svg"""
+    results = toy_results(objectives, **how)
+    if svg:
+        with c.written_whole(svg) as file:
+            file.write(toy_figure(results).encode())
+    click.echo(json.dumps(results, indent=2) if as_json else toy_table(results, how["epochs"]))
+
+
+if __name__ == "__main__":
+    cli()
