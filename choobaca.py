@@ -13,8 +13,8 @@ al. 2024, "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for 
 
 Part one is the lesson: the plain version of each idea, then the fast one, equal to it by test.
 
-    1 the idea            3 LLaMA              5 the fused loss        7 minimal pairs
-    2 text to batches     4 divergences        6 schedules and a step
+    1 the idea   2 text to batches   3 LLaMA   4 divergences   5 the fused loss
+    6 schedules and one step   7 minimal pairs
 
 Read this first: 1, 4, 5, `train_step` in 6, and the trie in 7. Part two makes a tool of it, and
 needs no reading: 8 files and settings, 9 the corpus, 10 GPT-2, 11 run folders, 12 training,
@@ -126,7 +126,6 @@ def plain_loss(z, w, targets, tau, alpha):
 
 def distil_in_short(student, teacher, batches, tau=2.0, alpha=0.5, lr=4e-3):
     """Distil a teacher into a student: all that follows does this, only faster and surer.
-
     Each batch is inputs (B, T) and targets (B, T), the inputs' next tokens."""
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr)
     for inputs, targets in batches:
@@ -158,9 +157,7 @@ class Vocabulary(NamedTuple):
         return max(self.tokenizer.get_vocab().values()) + 1
 
 def train_tokenizer(lines, vocab_size):
-    """Learn a byte-level BPE, as BabyLlama does.
-
-    BPE begins with bytes and merges the commonest pair of neighbours, again and again, up to V."""
+    """Learn a byte-level BPE, as BabyLlama's: merge the commonest neighbours until there are V."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFKC()                   # one spelling for each character
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -213,14 +210,12 @@ def row_starts(rows, settings, epoch):
 
 def windows(ids, starts, T):
     """Cut inputs and targets, (rows, T) int64 each, out of the ids.
-
     For ids 0, 1, 2, ..., T = 4 and a start of 8: inputs 8 9 10 11, targets 9 10 11 12."""
     rows = torch.from_numpy(ids[starts[:, None] + np.arange(T + 1)].astype(np.int64))
     return rows[:, :-1], rows[:, 1:]
 
 def batch_at(step, ids, settings):
     """Return inputs and targets of a step, (B, T) each: a pure function of seed and step.
-
     No loader has a state, so nothing that happens between two steps can change them."""
     B = settings.batch_size
     rows = count_rows(len(ids), settings)               # an epoch is a permutation of the rows
@@ -244,7 +239,6 @@ class Tree(NamedTuple):
 
 def plain_attention(q, k, v, sees):
     """Let queries q (B, H, T, D) look at keys and values k, v (B, H, S, D): -> (B, H, T, D).
-
     sees (T, S) is True where a query may look. The models call scaled_dot_product_attention, which
     does the same without keeping the (T, S) table: the trick that section 5 plays on the logits."""
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])   # how well key s answers query t
@@ -252,16 +246,13 @@ def plain_attention(q, k, v, sees):
     return scores.softmax(-1) @ v                               # a mean of values, so weighted
 
 def rotary_angles(T, D, theta, device):
-    """Return cosine and sine of the angle of position t in plane d: two (T, D/2) tables.
-
-    The D coordinates of a head make D/2 planes. A vector turns in each at another speed."""
+    """Return cosine and sine of the angle of position t in each of D/2 planes: two (T, D/2)."""
     speed = theta ** -(torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)    # (D/2,)
     angle = torch.outer(torch.arange(T, device=device, dtype=torch.float32), speed)      # (T, D/2)
     return angle.cos(), angle.sin()
 
 def rotate(x, cos, sin):
     """Turn each vector by the angles of its position: (B, H, T, D) -> (B, H, T, D).
-
     Plane d is made of coordinates d and d + D/2. After the turn, the dot product of a query at t
     and a key at s depends on t - s alone, which is the point of rotary positions."""
     a, b = x.chunk(2, dim=-1)                                           # (B, H, T, D/2) each
@@ -285,9 +276,7 @@ def cache_length(cache):
     return cache[0][0].shape[2] if cache and cache[0] else 0
 
 class LlamaAttention(nn.Module):
-    """Let each position look at itself and at those before it: (B, T, C) -> (B, T, C).
-
-    With fewer heads of keys and values than of queries, neighbouring queries share one (GQA)."""
+    """Let each position look at itself and at those before it: (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config):
         super().__init__()
@@ -304,8 +293,8 @@ class LlamaAttention(nn.Module):
         q = rotate(split_heads(self.q_proj(x), self.heads), cos, sin)               # what t asks
         k = rotate(split_heads(self.k_proj(x), self.kv_heads), cos, sin)            # what it offers
         k, v = extend_cache(past, k, split_heads(self.v_proj(x), self.kv_heads))
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal,
-                                           enable_gqa=self.kv_heads != self.heads)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal,     # GQA: neighbouring
+                                           enable_gqa=self.kv_heads != self.heads)  # queries share
         return self.o_proj(y.transpose(1, 2).flatten(2))                            # (B, T, C)
 
 class LlamaMLP(nn.Module):
@@ -322,7 +311,6 @@ class LlamaMLP(nn.Module):
 
 class LlamaBlock(nn.Module):
     """Add attention, then the feed-forward network, to the residual stream x: (B, T, C).
-
     Each reads x through a norm, which divides a vector by its root mean square."""
 
     def __init__(self, config):
@@ -450,7 +438,6 @@ def jensen_shannon(log_q, log_p, _, share):
 
 def target_apart(log_q, log_p, targets, gamma):
     """KL of the target against the rest, plus gamma times KL within the rest (arXiv 2604.00223).
-
     Reverse KL has 1 - q_target in the place of gamma: a sure student no longer hears of the rest.
     Taken from a third-party implementation; we could not get the paper."""
     def split(log_x):
@@ -479,8 +466,7 @@ DIVERGENCES = {
 def by_autograd(definition, u, v, targets, constant, beta=1.0, differentiated=False):
     """Return value (n, 1) and gradient with respect to u (n, V) of a definition, by autograd.
 
-    v is mixed with u first (Eq. 2); if `differentiated`, the gradient goes through u's part of the
-    mixture as well."""
+    v is mixed with u first (Eq. 2), with a gradient through u's part only if `differentiated`."""
     with torch.enable_grad():
         u = u.detach().double().requires_grad_()        # in float64 no formula loses its digits
         v = v.double()
@@ -492,12 +478,11 @@ def by_autograd(definition, u, v, targets, constant, beta=1.0, differentiated=Fa
         gradient, = torch.autograd.grad(value.sum(), u)
     return value.detach()[:, None], gradient
 
-# Now the fast way. Four divergences have their gradients written out below, in fp32 and in place.
-# They spend three times less time than by_autograd, and a test holds them against it.
+# Now the fast way: four divergences with their gradients written out, in fp32 and in place. They
+# take a third of by_autograd's time, and a test holds them against it.
 
 def to_probabilities(u, v, q, r):
     """Fill q and r, and overwrite v with p: all (n, V). Return q, p, r. u's rows have 0 as maximum.
-
     r ends at 87, since exp(-87) is the least number of fp32: a token that the teacher rules out
     costs reverse KL much, not infinitely much."""
     p = v.sub_(v.amax(-1, True))                # r is now a difference of small numbers
@@ -510,7 +495,6 @@ def to_probabilities(u, v, q, r):
 
 def softmax_backward_(q, k):
     """Backpropagate through softmax: overwrite k = df/dq with df/du = q (k - sum q k).
-
     Return sum q k (n, 1) and the gradient (n, V)."""
     gradient = k.mul_(q)
     mean = gradient.sum(-1, True)
@@ -520,13 +504,11 @@ def softmax_backward_(q, k):
     return mean, gradient.addcmul_(q, gradient.sum(-1, True), value=-1)
 
 # A closed form may overwrite q, p and r. In fp32 the rows of q and p do not sum to 1 exactly, and a
-# KL is off by as much. So we compute the generalised KL(a || b) = sum a log(a / b) - sum a + sum b.
-# In exact arithmetic the last two cancel; in fp32 they take the error away. That is all that the
-# sums of q - p below are for.
+# KL is off by as much. So we compute the generalised KL(a || b) = sum a log(a / b) - sum a + sum b,
+# whose last two terms cancel but for that error: all that the sums of q - p below are for.
 
 def forward_kl(q, p, r, _):
     """KL(p || q) = sum p (log p - log q), with gradient q - p (AKL paper, Eq. 5).
-
     The teacher's probabilities weigh the error: the student must find likely all that it does."""
     value = -r.mul_(p).sum(-1, True)
     gradient = torch.sub(q, p, out=r)                   # in r's memory
@@ -534,7 +516,6 @@ def forward_kl(q, p, r, _):
 
 def reverse_kl(q, p, r, _):
     """KL(q || p) = sum q r, with gradient q (r - KL) (AKL paper, Eq. 6).
-
     The student's probabilities weigh the error. What it finds likely must be likely to the teacher,
     but it may leave out some of what the teacher says. MiniLLM's and the paper's "single-step
     decomposition", E_q[r grad log q], is the same gradient."""
@@ -587,7 +568,6 @@ def loss_weights(settings):
 
 def gradient_of_logits(z, w, targets, tau, alpha):
     """Differentiate plain_loss by hand, with respect to z: (N, V).
-
     This is what divergence_ and logits_to_gradient_, below, do in place and for all objectives."""
     q = (z / tau).softmax(-1)
     p = (w / tau).softmax(-1)
@@ -619,7 +599,6 @@ def divergence_(settings, beta, u, v, targets, scratch):
 
 def logits_to_gradient_(settings, beta, u, v, targets, scratch):
     """Overwrite u = z / tau (n, V) with the loss's gradient with respect to z.
-
     v (n, V), the teacher's w / tau, is None where there is no divergence. targets (n, 1). Returns
     (n, 3): max u, log sum exp(z - max z), divergence."""
     ce_weight, kl_weight = loss_weights(settings)
@@ -670,7 +649,6 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, settings, beta, chunk):
         """Return sums over the N tokens: the loss, and (2,) cross-entropy and tau^2 divergence.
-
         The teacher's may be None where there is no divergence. A target below 0 is ignored. Matmuls
         are in hidden's dtype, or autocast's; all else is in fp32 or better."""
         N, V, kind = len(hidden), len(head), hidden.device.type
@@ -734,7 +712,6 @@ class FusedLoss(torch.autograd.Function):
 
 class Coach:
     """One or more teachers as one: BabyLlama averages logits, a geometric mean of probabilities.
-
     The mean of K products is one product of hidden states and heads side by side:
     [h1 h2] @ [head1 head2].T / 2 = (h1 @ head1.T + h2 @ head2.T) / 2."""
 
@@ -746,7 +723,7 @@ class Coach:
     @torch.no_grad()
     def hidden(self, ids):
         """(B, T) -> (B, T, C'), C' the sum of the teachers' widths"""
-        return torch.cat([teacher(ids) for teacher in self.teachers], dim=-1).to(self.head.dtype)
+        return torch.cat([teacher(ids) for teacher in self.teachers], dim=-1)
 
 # -----------------------------------------------------------------------------
 # 6. Schedules and one step
@@ -779,7 +756,6 @@ def make_optimizer(model, settings):
 def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype=torch.float32,
                scaler=None):
     """Take one optimizer step on inputs and targets (B, T), or on this process's share of the rows.
-
     Returns (4,): loss, cross-entropy, tau^2 divergence, norm of the gradient. Each micro-batch is
     divided by the tokens of the whole step, so neither accumulating nor sharing changes the result.
     In fp16 the scaler keeps gradients in range, and leaves out a step where that failed."""
@@ -926,7 +902,6 @@ def build_tries(lines):
 @torch.no_grad()
 def token_log_probabilities(hidden, head, rows, targets, chunk):
     """Return log softmax(hidden[row] @ head.T)[target] for each of E rows and targets: (E,).
-
     hidden (N, C), head (V, C), rows (E,) rising, targets (E,). A row may be asked for several
     targets, or for none. No array holds the logits of more than `chunk` rows."""
     N = len(hidden)
@@ -981,10 +956,8 @@ def score_pairs(model, vocabulary, pairs, name):
                 bar.update(len(trie.sequences))
     return np.array([[totals[pair.good], totals[pair.bad]] for pair in pairs])
 
-# =============================================================================
 # Here the lesson ends. What follows makes a tool of it, and needs no reading: files and settings,
 # corpus, GPT-2 (the second coach), run folders, training, sampling, tables, the command line.
-# =============================================================================
 
 # -----------------------------------------------------------------------------
 # 8. Files and settings
@@ -1464,9 +1437,7 @@ def save_model(folder, model, vocabulary):
     write_safetensors(folder / "model.safetensors", weights)
 
 def load_model(folder, device):
-    """Load the model, in fp32, and the vocabulary of a run or any Hugging Face LLaMA or GPT-2.
-
-    Shards that an index names are read, and older GPT-2 files, which hold causal masks as well."""
+    """Load the model, in fp32, and the vocabulary of a run or any Hugging Face LLaMA or GPT-2."""
     need((folder / "config.json").exists(), f"{folder} holds no finished model: expected "
          "config.json, tokenizer.json and model.safetensors.")
     config, V = from_hf_config(folder / "config.json")
@@ -1483,7 +1454,7 @@ def load_model(folder, device):
     found = {}
     for shard in sorted(shards):
         for name, tensor in read_safetensors(folder / shard).items():
-            if not re.search(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$", name):
+            if not re.search(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$", name):    # old masks
                 found[name.removeprefix(model.prefix)] = tensor.float()
     if config.tied:
         found.pop("lm_head.weight", None)           # some files hold it twice
@@ -1563,15 +1534,13 @@ class Run:
 
 def describe_run(run, corpus, device):
     """Return what run.json says: all that it takes to know, and to repeat, what was done."""
-    vocabulary = corpus.vocabulary
     weights = [weight for teacher in run.teachers for weight in weights_digests(teacher.out)]
     digests = {**corpus.digests, "teachers": weights, "choobaca.py": file_digest(Path(__file__))}
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "numpy": np.__version__}
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
     return {"argv": sys.argv[1:], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "settings": asdict(run.settings), "teachers": [str(each.out) for each in run.teachers],
             "digests": digests, "words": corpus.words, "versions": versions,
-            "prefix_token": vocabulary.tokenizer.id_to_token(vocabulary.prefix_id),
+            "prefix_token": corpus.vocabulary.tokenizer.id_to_token(corpus.vocabulary.prefix_id),
             "machine": platform.platform(), "processes": rank_and_size()[1],
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
             "threads": torch.get_num_threads()}
@@ -1659,9 +1628,8 @@ def locked_log(folder):
 
 def fit(run, corpus, device, log, resume=False):
     """Train a run: its folder gets a log line per step and, at the end, the weights.
-
-    Batches, rates and dropout's random stream are functions of the step alone, so a run that goes
-    on from a checkpoint ends with the same bytes as one that was never interrupted."""
+    A step is a function of its number and of the weights, so a run that goes on from a checkpoint
+    ends with the same bytes as one that was never interrupted."""
     settings = run.settings
     rank, size = rank_and_size()
     dtype = step_dtype(settings, device)
@@ -1846,22 +1814,20 @@ def points(scores):
 
 def mean_row(rows):
     """Average accuracies without weights; standard errors add up as their squares."""
-    row = {"accuracy": float(np.mean([row["accuracy"] for row in rows])),
+    row = {"accuracy": np.mean([row["accuracy"] for row in rows]),
            "stderr": math.hypot(*(row["stderr"] for row in rows)) / len(rows)}
     return row | {key: sum(row[key] for row in rows) for key in ("n", "ties", "not_finite")}
 
 def summarise(pairs, scores):
     """Return accuracy overall, by phenomenon and by paradigm, with standard error, n and ties.
-
-    A phenomenon is the mean of its paradigms, "accuracy" that of all paradigms, as in BabyLM and
-    lm-evaluation-harness. A paradigm's standard error divides by n - 1."""
+    Means are over paradigms, without weights, as in BabyLM and lm-evaluation-harness."""
     paradigms = {}
     for uid, members in group_by(range(len(pairs)), lambda i: pairs[i].paradigm).items():
         own = scores[members]
         right, n = points(own), len(members)
         paradigms[uid] = {"phenomenon": pairs[members[0]].phenomenon,
-                          "accuracy": float(right.mean()), "n": n,
-                          "stderr": float(right.std() / math.sqrt(max(1, n - 1))),
+                          "accuracy": right.mean(), "n": n,
+                          "stderr": right.std() / math.sqrt(max(1, n - 1)),
                           "ties": int(np.sum(own[:, 0] == own[:, 1])),
                           "not_finite": int(np.sum(~np.isfinite(own).all(1)))}
     terms = sorted(group_by(paradigms.values(), lambda row: row["phenomenon"]).items())
@@ -1875,7 +1841,7 @@ def keep_scores(folder, suite, pairs, scores):
         lines.append({"phenomenon": pair.phenomenon, "paradigm": pair.paradigm, "line": pair.line,
                       "good": good, "bad": bad})
     # A hash of the pairs in the name keeps a sample from replacing the whole.
-    named = json.dumps([[*pair.good, *pair.bad, pair.paradigm, pair.phenomenon] for pair in pairs])
+    named = json.dumps([pair[:4] for pair in pairs])
     with written_whole(folder / f"{suite}-{digest(named.encode())[:8]}.jsonl") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
 
@@ -1923,10 +1889,10 @@ class Scores(NamedTuple):
 def common_scores(folders, suite):
     """Return the name of the longest file of a suite's scores that is in all folders."""
     names = [{path.name for path in folder.glob(f"{suite}-*.jsonl")} for folder in folders]
-    common = set.intersection(*names)
+    common = sorted(set.intersection(*names))
     need(common, f"{', '.join(map(str, folders))} have no scores of the same {suite} pairs: run "
          f"eval-blimp --suite {suite} --model ... for each, with the same --data and --sample.")
-    return max(common, key=lambda name: ((folders[0] / name).stat().st_size, name))
+    return max(common, key=lambda name: (folders[0] / name).stat().st_size)
 
 def read_scores(path):
     """Read what keep_scores wrote. Error: damaged, or of other weights than those beside it."""
@@ -1949,18 +1915,17 @@ def mcnemar(gained, lost):
 @functools.lru_cache
 def student_t(df):
     """Return the 97.5 % quantile of Student's t, from a million draws (we have no SciPy)."""
-    return float(np.quantile(np.abs(np.random.default_rng(0).standard_t(df, 10**6)), 0.95))
+    return np.quantile(np.abs(np.random.default_rng(0).standard_t(df, 10**6)), 0.95)
 
 def confidence_interval(differences):
-    """Return a 95 % interval for the mean over paradigms of the mean difference within each.
-
-    Pairs of a paradigm are alike, so paradigms are what is drawn: Student's t over their means,
-    whose spread contains that of the pairs. Of a single paradigm, only the pairs vary."""
+    """Return a 95 % interval for the mean over paradigms of the mean difference within each."""
+    # Pairs of a paradigm are alike, so paradigms are what is drawn: Student's t over their means,
+    # whose spread contains that of the pairs. Of a single paradigm, only the pairs vary.
     means = np.array([difference.mean() for difference in differences])
     sample = means if len(means) > 1 else differences[0]
     error = sample.std(ddof=1) / math.sqrt(len(sample)) if len(sample) > 1 else 1.0
     reach = error * student_t(max(1, len(sample) - 1))
-    return [max(-1.0, float(means.mean() - reach)), min(1.0, float(means.mean() + reach))]
+    return np.clip([means.mean() - reach, means.mean() + reach], -1, 1).tolist()
 
 def compare_scores(first, other):
     """Return how the second model differs from the first, by phenomenon and over all pairs."""
@@ -1980,7 +1945,7 @@ def compare_scores(first, other):
             verdict = "better" if low > 0 else "worse"
         if len(groups) == 1:
             verdict += " on these pairs"
-        means = [float(np.mean([each.right[group].mean() for group in groups]))
+        means = [np.mean([each.right[group].mean() for group in groups])
                  for each in (first, other)]
         rows.append({"phenomenon": term, "paradigms": len(groups), "n": len(gap), "first": means[0],
                      "other": means[1], "difference": means[1] - means[0], "low": low,
@@ -2111,7 +2076,7 @@ def describe_loss(settings):
     return text
 
 def describe_plan(run, corpus):
-    """Describe what will be trained: parameters, loss, steps, tokens, epochs, words."""
+    """Describe what will be trained."""
     settings = run.settings
     steps, per_epoch = count_steps(len(corpus.train), settings)
     model = empty_model(settings, corpus.vocabulary.size)
@@ -2163,7 +2128,6 @@ def choose_device(name):
 
 class Cli(click.Group):
     """The commands. Wherever a file cannot be read or memory runs out, that is one sentence."""
-
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
@@ -2217,9 +2181,8 @@ def join_processes(device):
 @click.option("--dry-run", is_flag=True, help="Only say what would be trained; encodes the text.")
 @settings_flags
 def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
-    """Train a model on text: alone, or as the student of one or two teachers.
-
-    A teacher that the config describes is trained first, unless its folder holds it already.
+    """Train a model on text: alone, or as the student of one or two teachers. A teacher that the
+    config describes is trained first, unless its folder holds it already.
     Example: python choobaca.py train --objective rkl --teachers 1"""
     settings, described = read_settings(config, flags, folders)
     device = choose_device(settings.device)
@@ -2255,14 +2218,11 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
     rank = rank_and_size()[0]
     if rank == 0:
         click.echo("\n".join(plan), err=not dry_run)
-    if dry_run:
-        return
-
-    for run in todo:
+    for run in todo if not dry_run else []:
         with locked_log(run.out) as log:
             if not run.finished or overwrite and run is runs[-1]:
                 fit(run, corpus, device, log, resume)       # else another command was faster
-    if rank == 0:
+    if rank == 0 and not dry_run:
         print_results(runs, corpus, pairs, device)
 
 @cli.command("eval-blimp", short_help="Score a model on minimal pairs.")
@@ -2277,7 +2237,6 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
 @json_option
 def eval_blimp_command(folder, data, suite, sample, device, as_json):
     """Score a model on minimal pairs: how often is the good sentence the likelier one?
-
     The scores of single pairs are kept in the model's folder, for `compare`.
     Example: python choobaca.py eval-blimp --model runs/tiny-rkl-1-seed0"""
     if folder is None:
@@ -2314,7 +2273,6 @@ def eval_blimp_command(folder, data, suite, sample, device, as_json):
 @json_option
 def compare_command(first, others, suite, as_json):
     """Say whether other models are better than the first on the pairs that eval-blimp scored.
-
     Example: python choobaca.py compare runs/tiny-ce-0-seed0 runs/tiny-rkl-1-seed0"""
     name = common_scores([first, *others], suite)
     base = read_scores(first / name)
@@ -2328,7 +2286,8 @@ def compare_command(first, others, suite, as_json):
         lines = [f"{folder} against {first}\n\n{'accuracy in %':<27} {'n':>6}  first  other  "
                  "difference, 95 % interval    McNemar's p  verdict"]
         for row in rows:
-            percent = {key: 100 * value for key, value in row.items() if type(value) is float}
+            keys = ("first", "other", "difference", "low", "high")
+            percent = {key: 100 * row[key] for key in keys}
             lines.append("{phenomenon:<27} {n:>6,} ".format(**row) + "{first:6.1f} {other:6.1f} "
                          "{difference:+6.2f} ({low:+7.2f} to {high:+7.2f})".format(**percent)
                          + f" {row['p']:14.2g}  {row['verdict']}")
@@ -2350,7 +2309,6 @@ def compare_command(first, others, suite, as_json):
 @device_option
 def sample_command(run, prompt, tokens, temperature, count, seed, out, device):
     """Let a run, or any Hugging Face LLaMA or GPT-2, write, a line a sample.
-
     With --out it writes a text to train on: sequence-level distillation (Kim and Rush 2016).
     Example: python choobaca.py sample runs/tiny-rkl-1-seed0 --prompt "the dog" --count 5"""
     need(not out or not out.exists(), f"{out} is already there: choose another --out.")
@@ -2365,8 +2323,9 @@ def sample_command(run, prompt, tokens, temperature, count, seed, out, device):
          f"model's {model.config.positions:,} positions.")
     # a line ends before the next prefix token, at a line break, or at the model's eos
     eos = read_json(run / "config.json").get("eos_token_id")
+    eos = eos if isinstance(eos, list) else [eos]
     ends = tokenizer.encode("\n", add_special_tokens=False).ids[-1:] + [vocabulary.prefix_id]
-    ends += [i for i in (eos if isinstance(eos, list) else [eos]) if i in range(len(model.head))]
+    ends += [i for i in eos if i in range(len(model.head))]
 
     ids = torch.tensor([start] * (256 if out else count), device=model.head.device)
     generator = torch.Generator(model.head.device).manual_seed(seed)
