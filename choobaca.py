@@ -21,8 +21,8 @@ needs no reading: 8 files and settings, 9 the corpus, 10 GPT-2, 11 run folders, 
 13 sampling, 14 tables, 15 the command line. A function's docstring gives the shapes of its tensors,
 in the same letters everywhere:
 
-    B batch   T time   N = B * T tokens   C width   H heads   D = C / H   V vocabulary
-    n rows of a chunk: the part of the N tokens that is worked on at once
+    B batch   T time   N = B * T tokens   C width (C' teacher)   H heads   D = C / H   V vocabulary
+    n rows of a chunk: the part of the N tokens that is worked on together
 
 The paper's temperature is called tau, since T is time. Where we differ from the paper or from
 BabyLlama, whose code it builds on, the place is marked with its number in this list:
@@ -31,7 +31,7 @@ BabyLlama, whose code it builds on, the place is marked with its number in this 
     (2) all 256 bytes are in the vocabulary from the start, so no text is ever dropped
     (3) the divergence is a mean over tokens, as cross-entropy is; BabyLlama sums it over the T
         tokens of a row ("batchmean", a setting), which weighs it T times as much
-    (4) the student's part of the mixed logits (Eq. 2) gets no gradient; also a setting
+    (4) the student's logits, mixed into the teacher's (Eq. 2), get no gradient; also a setting
     (5) the learning rate follows one cosine to the end, after a warmup
 """
 import sys
@@ -111,7 +111,7 @@ def setting(default, help, choices=(), low=0, high=2**31 - 1, path=False):
 # flatter lists differ less. The factor tau^2 in the loss makes up for it.
 
 def plain_loss(z, w, targets, tau, alpha):
-    """Return the whole lesson in five lines, summed over N tokens (the paper's Eq. 9).
+    """Return the loss that is the whole lesson, summed over N tokens (the paper's Eq. 9).
 
     z, w (N, V) are the student's and the teacher's logits, targets (N,) the tokens that came. Be
     right about the token that came, and give every token the probability that the teacher gives it.
@@ -186,7 +186,7 @@ def encode(vocabulary, lines, prefix, dtype):
         space, before, after = "", [], tokenizer.encode("\n", add_special_tokens=False).ids[-1:]
         text = tokenizer.to_str().replace('"add_prefix_space":true', '"add_prefix_space":false')
         tokenizer = Tokenizer.from_str(text)        # a copy that adds no space to a text
-        tokenizer.encode_special_tokens = True      # a "<s>" in a text is three letters, no token
+        tokenizer.encode_special_tokens = True      # a "<s>" in a text is three characters
 
     pieces = [np.zeros(0, dtype)]
     for i in tqdm(range(0, len(lines), 10_000), "encoding", unit=" x 10,000 lines", leave=False):
@@ -361,7 +361,7 @@ class Llama(nn.Module):
 # -----------------------------------------------------------------------------
 # 4. Divergences
 #
-# student's and teacher's logits / tau (n, V)
+# student's and teacher's logits / tau (n, V); q and k are no longer queries and keys
 #   ->  the divergence of each row (n, 1), and its gradient with respect to the student's (n, V)
 #
 #     z, w   logits of student and teacher          q, p   softmax(u) and softmax(v)
@@ -372,7 +372,7 @@ class Llama(nn.Module):
 #     df/du_j = sum_i k_i dq_i/du_j = sum_i k_i q_i ([i = j] - q_j) = q_j (k_j - sum_i q_i k_i)
 #
 # In words: a token's k against the mean k, times how likely the student finds the token. Adding a
-# constant to k changes nothing.
+# constant to k changes nothing. [i = j] is 1 where i is j, else 0.
 #
 #     reverse KL   f = sum q (log q - log p)   k = r + 1    gradient q (r - KL)
 #     forward KL   f = sum p (log p - log q)   k = -p / q   gradient q - p, since sum q k = -1
@@ -383,11 +383,11 @@ class Llama(nn.Module):
 #     teacher p                      .500    .400    .090    .010
 #     student q                      .880    .010    .010    .100
 #     r = log q - log p              .565  -3.689  -2.197   2.303
-#     forward KL 1.368, q - p        .380   -.390   -.080    .090    first of all: raise cat
-#     reverse KL  .669, q (r - KL)  -.091   -.044   -.029    .163    first of all: lower of
+#     forward KL 1.368, q - p        .380   -.390   -.080    .090    first of all: raise "cat"
+#     reverse KL  .669, q (r - KL)  -.091   -.044   -.029    .163    first of all: lower "of"
 #
 # A step goes against the gradient. Forward KL repairs what the student misses, reverse KL what it
-# invents. That is mode-covering and mode-seeking, in numbers.
+# invents ("dog", with r below the KL, even rises): mode-covering and mode-seeking, in numbers.
 
 def kl(log_a, log_b):
     """KL(a || b) = sum a log(a / b) of each row: (n, V), (n, V) -> (n,)"""
@@ -401,10 +401,10 @@ def likely_share(q, p, mu):
     """Return the share of sum |p - q| that falls on the teacher's likely tokens: (n, 1).
 
     The likely tokens are the fewest whose p sums to mu, as in top-p sampling, and at least one;
-    what ties with the last of them is likely as well. The AKL paper calls them the head (Eqs. 12 to
-    14); its released code counts the token that crosses mu as unlikely."""
+    what ties with the last of them is likely as well. The AKL paper calls them its "head" (Eqs. 12
+    to 14); its released code counts the token that crosses mu as unlikely."""
     # Sort each row, rising. Tokens under (1 - mu) / V sum to less than 1 - mu, so none is likely:
-    # they are made equal and need no sorting. NumPy sorts 10 times as fast as torch on a CPU.
+    # they are raised to it, and need no sorting. NumPy sorts 10 times as fast as torch on a CPU.
     V = p.shape[1]
     rising = p.clamp(min=(1 - mu) / V)
     if p.is_cuda:
@@ -412,7 +412,7 @@ def likely_share(q, p, mu):
     else:
         rising.numpy().sort(-1)
     mass = rising.cumsum(-1)
-    unlikely = torch.searchsorted(mass, mass[:, -1:] - mu, right=True)  # how many sum to 1 - mu
+    unlikely = torch.searchsorted(mass, mass[:, -1:] - mu, right=True)  # how many fit in 1 - mu
     least = rising.gather(1, unlikely.clamp_(max=V - 1))                # p of the last likely one
 
     gap = (p - q).abs()
@@ -426,7 +426,7 @@ def both_ways(log_q, log_p, _, weight):
 
 def adaptive(log_q, log_p, _, mu, swapped=False):
     """Weigh forward KL by likely_share, held constant (AKL paper, Eq. 15; swapped, Eq. 16)."""
-    # Forward KL where the models differ on likely tokens, reverse KL where on the others.
+    # Forward KL where the models differ on likely tokens, reverse KL where they differ on others.
     share = likely_share(log_q.detach().exp(), log_p.detach().exp(), mu)[:, 0]
     return both_ways(log_q, log_p, _, 1 - share if swapped else share)
 
@@ -466,25 +466,25 @@ DIVERGENCES = {
 def by_autograd(definition, u, v, targets, constant, beta=1.0, differentiated=False):
     """Return value (n, 1) and gradient with respect to u (n, V) of a definition, by autograd.
 
-    v is mixed with u first (Eq. 2), with a gradient through u's part only if `differentiated`."""
+    v becomes beta v + (1 - beta) u first (Eq. 2), with a gradient through u if `differentiated`."""
     with torch.enable_grad():
         u = u.detach().double().requires_grad_()        # in float64 no formula loses its digits
         v = v.double()
         if beta < 1:
             v = beta * v + (1 - beta) * (u if differentiated else u.detach())
         log_q = u.log_softmax(-1)
-        log_p = v.log_softmax(-1).clamp(min=-700)       # what it rules out, by -inf, has its price
+        log_p = v.log_softmax(-1).clamp(min=-700)       # -inf: costs 700 here, about 87 below
         value = definition(log_q, log_p, targets, constant)
         gradient, = torch.autograd.grad(value.sum(), u)
     return value.detach()[:, None], gradient
 
 # Now the fast way: four divergences with their gradients written out, in fp32 and in place. They
-# take a third of by_autograd's time, and a test holds them against it.
+# take a third of by_autograd's time, and a test checks them against it.
 
 def to_probabilities(u, v, q, r):
     """Fill q and r, and overwrite v with p: all (n, V). Return q, p, r. u's rows have 0 as maximum.
-    r ends at 87, since exp(-87) is the least number of fp32: a token that the teacher rules out
-    costs reverse KL much, not infinitely much."""
+    u - v is cut at 87, as exp(-87) is near fp32's least normal number: a token that the teacher
+    rules out costs reverse KL much, not infinitely much."""
     p = v.sub_(v.amax(-1, True))                # r is now a difference of small numbers
     torch.sub(u, p, out=r).clamp_(max=-math.log(torch.finfo(r.dtype).tiny))
     # log q - log p = u - v + log(sum exp v / sum exp u)
@@ -544,11 +544,11 @@ CLOSED_FORMS = {"fkl": forward_kl, "rkl": reverse_kl, "fkl+rkl": forward_and_rev
 # student hidden (N, C), head (V, C), teacher hidden (N, C'), head (V, C'), targets (N,)
 #   ->  loss, cross-entropy and tau^2 divergence, summed over the N tokens
 #
-# We know the gradient of the loss with respect to the logits. So each chunk of rows is finished at
-# once: its logits are made, turned into their own gradient, multiplied back, and forgotten.
+# We know the gradient of the loss with respect to the logits. So each chunk of rows is finished in
+# one go: its logits are made, turned into their own gradient, multiplied back, and forgotten.
 #
 #   hidden (N, C)         head (V, C)       N = 4,096, V = 16,000: N x V is 262 MB, 6 to 9 of them
-#      | n rows              |              n = 293: n x V is 19 MB, 2 of them
+#      | n rows              |              n = 293: n x V is 19 MB, 2 to 4 of them
 #      v                     v
 #   h (n, C) --- @ head.T ---> u (n, V) --- softmax, minus target, q (r - KL) ---> d_z, same memory
 #                                                                                   |           |
@@ -563,8 +563,8 @@ def loss_weights(settings):
     if settings.objective not in DIVERGENCES:
         return 1.0, 0.0
     # <- differs (3): BabyLlama divides the divergence by B, and cross-entropy by B * T.
-    rows = settings.context if settings.reduction == "batchmean" else 1
-    return settings.alpha, (1 - settings.alpha) * rows
+    times = settings.context if settings.reduction == "batchmean" else 1
+    return settings.alpha, (1 - settings.alpha) * times
 
 def gradient_of_logits(z, w, targets, tau, alpha):
     """Differentiate plain_loss by hand, with respect to z: (N, V).
@@ -583,8 +583,8 @@ def divergence_(settings, beta, u, v, targets, scratch):
     u's rows have 0 as maximum; v and scratch (2, n or more, V) are overwritten. The student's part
     of the mixture is held constant <- differs (4): r is beta (z - w) / tau + a constant, which
     drops out of r - KL. So under reverse KL the gradient is beta times the unmixed one: "mixing
-    outputs" is a weight on the distillation, and Eq. 3 a schedule of it. The value shrinks by about
-    beta^2: do not compare a mixed run's `kl` with an unmixed one's. Under forward KL it is none."""
+    outputs" is a weight on the distillation, and Eq. 3 its schedule. The value shrinks by roughly
+    beta^2: do not compare mixed runs' `kl` with unmixed ones'. Forward KL is not so simple."""
     definition, name = DIVERGENCES[settings.objective]
     constant = getattr(settings, name) if name else None
     closed_form = CLOSED_FORMS.get(settings.objective)
@@ -603,14 +603,14 @@ def logits_to_gradient_(settings, beta, u, v, targets, scratch):
     (n, 3): max u, log sum exp(z - max z), divergence."""
     ce_weight, kl_weight = loss_weights(settings)
     tau = 1.0 if v is None else settings.temperature
-    z = u.to(scratch.dtype)                             # all work is done in fp32 or better
+    z = u.to(scratch.dtype)                             # z / tau as yet, in fp32 or better
     top = z.amax(-1, True)
     z.sub_(top)                                         # a softmax does not see its level
     value = gradient = torch.zeros_like(top)
     if v is not None:
         value, gradient = divergence_(settings, beta, z, v.to(scratch.dtype), targets, scratch)
         if kl_weight * tau != 1:
-            gradient.mul_(kl_weight * tau)              # tau^2 dD/du du/dz, as above
+            gradient.mul_(kl_weight * tau)              # tau^2 dDiv/du du/dz, as above
     # Cross-entropy has no temperature: softmax(z) - onehot = (soft - total onehot) / total.
     soft = z.mul_(tau).exp_()
     total = soft.sum(-1, True)
@@ -641,7 +641,7 @@ class FusedLoss(torch.autograd.Function):
     With z the student's logits and w the teacher's (the paper's Eqs. 1, 2 and 6 to 9),
 
         q = softmax(z / tau)     p = softmax((beta w + (1 - beta) z) / tau)
-        loss = sum over tokens of  alpha CE(z, target) + (1 - alpha) tau^2 D(q, p)
+        loss = sum over tokens of  alpha CE(z, target) + (1 - alpha) tau^2 Div(q, p)
 
     A tiny case, N = 4, V = 3, C = 2: chunks of 4, 2 and 1 rows give the same loss and gradients,
     and the largest array of logits has 12, 6 and 3 numbers."""
@@ -656,7 +656,7 @@ class FusedLoss(torch.autograd.Function):
         dtype = hidden.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        n = max(1, math.ceil(N / max(1, math.ceil(N / chunk))))         # all chunks of one length
+        n = max(1, math.ceil(N / max(1, math.ceil(N / chunk))))     # equal chunks, the last shorter
         block = n if kind == "cuda" else min(n, max(1, CACHE * torch.get_num_threads() // V))
         scratch = hidden.new_empty(2, block, V, dtype=exact)
         u_memory = hidden.new_empty(n, V, dtype=dtype)
@@ -700,8 +700,8 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss, _):
-        """Scale the gradients made on the way forward by what the caller divides the sum by: before
-        the matmuls, fp16 would lose it."""
+        """Multiply the gradients by d_loss, the caller's 1 / tokens (and fp16's scale). Before the
+        matmuls, 1 / tokens would round fp16 gradients to 0."""
         assert not getattr(ctx, "spent", False), "the first backward pass has used the gradients up"
         ctx.spent = True
         d_hidden, d_head = ctx.saved_tensors
@@ -742,7 +742,7 @@ def lr_at(step, steps, settings):
 
 def beta_at(epoch, epochs, settings):
     """Return the teacher's share of the mixed logits in an epoch, counted from 0 (Eq. 3)."""
-    lowered = max(min(0.1, settings.beta), settings.beta * (1 - epoch / epochs))    # 0.1 at least
+    lowered = max(min(0.1, settings.beta), settings.beta * (1 - epoch / epochs))     # floor: 0.1
     return lowered if settings.progressive else settings.beta
 
 def make_optimizer(model, settings):
@@ -799,10 +799,10 @@ def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype=t
 # two sentences that differ in one point of grammar: does the model find the good one likelier?
 #
 # The rule is that of the BabyLM 2024 pipeline and of lm-evaluation-harness. A text's score is the
-# sum of the log-probabilities of its tokens, given what stands before, or else the prefix token. A
+# sum of its tokens' log-probabilities, each given all before it, the prefix token included. A
 # sentence has a leading space. A tie counts for the good sentence. A pair, by the tiny run:
 #
-#     The donkey with the pigs jumps.   -22.99 nats      right, by 3.27 nats,
+#     The donkey with the pigs jumps.   -22.99 nats      right, by 3.28 nats,
 #     The donkey with the pigs jump.    -26.27 nats      though "pigs jump" stands side by side
 
 class Pair(NamedTuple):
@@ -841,7 +841,7 @@ def encode_pairs(vocabulary, pairs, positions):
     return lines
 
 class Trie:
-    """Texts with the same beginning, as one tree of ids: a row for the model, with no id twice.
+    """Texts with the same beginning, as one tree of ids: a row for the model, no beginning twice.
 
     Nodes are in the order in which a sorted list of the texts reaches them, so the descendants of
     node i are the nodes i + 1, ..., end[i] - 1. A node sees itself and what is above it. The last
@@ -907,8 +907,8 @@ def token_log_probabilities(hidden, head, rows, targets, chunk):
     N = len(hidden)
     scores = torch.empty_like(targets, dtype=hidden.dtype)
     starts = torch.arange(0, N + chunk, chunk, device=rows.device)
-    edges = torch.searchsorted(rows, starts).tolist()           # which of the E are in which chunk
-    for i, (first, last) in zip(range(0, N, chunk), itertools.pairwise(edges)):
+    bounds = torch.searchsorted(rows, starts).tolist()          # which of the E are in which chunk
+    for i, (first, last) in zip(range(0, N, chunk), itertools.pairwise(bounds)):
         logits = hidden[i:i + chunk] @ head.T                                       # (n, V)
         level = logits.logsumexp(-1)
         row = rows[first:last] - i                                                  # in this chunk
@@ -919,7 +919,7 @@ def score_tries(model, tries):
     """Return the log-probability of each edge of each trie; all go through at once, a row each."""
     device = model.head.device
     pad = nn.utils.rnn.pad_sequence
-    # Pad the rows. Node i (row) sees node j (column) if it is j, or one of j's descendants.
+    # Pad the rows. Row i sees column j if node i is node j, or one of its descendants.
     ids = pad([torch.tensor(trie.ids) for trie in tries], batch_first=True)             # (B, T)
     depth = pad([torch.tensor(trie.depth) for trie in tries], batch_first=True)
     end = pad([torch.tensor(trie.end) for trie in tries], batch_first=True)
@@ -1172,7 +1172,7 @@ def load_vocabulary(path):
         tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    tokenizer.encode_special_tokens = True          # a "<s>" in a text is three letters, no token
+    tokenizer.encode_special_tokens = True          # a "<s>" in a text is three characters
     # the prefix token: the bos_token that a file beside it names, else its eos_token, else <s>
     roles = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
