@@ -201,7 +201,7 @@ def count_rows(tokens, settings):
     spare = settings.context - 1 if settings.random_offset else 0       # a row may be shifted
     return max(0, tokens - 1 - spare) // settings.context
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache
 def row_starts(rows, settings, epoch):
     """Return where the rows of an epoch start in the text, in the order of training: (rows,)."""
     draw = np.random.default_rng([settings.seed, epoch])                # no state is kept
@@ -211,7 +211,8 @@ def row_starts(rows, settings, epoch):
 def windows(ids, starts, T):
     """Cut inputs and targets, (rows, T) int64 each, out of the ids.
     For ids 0, 1, 2, ..., T = 4 and a start of 8: inputs 8 9 10 11, targets 9 10 11 12."""
-    rows = torch.from_numpy(ids[starts[:, None] + np.arange(T + 1)].astype(np.int64))
+    rows = ids[starts[:, None] + np.arange(T + 1)]                      # (rows, T + 1)
+    rows = torch.from_numpy(rows.astype(np.int64))
     return rows[:, :-1], rows[:, 1:]
 
 def batch_at(step, ids, settings):
@@ -247,7 +248,8 @@ def plain_attention(q, k, v, sees):
 
 def rotary_angles(T, D, theta, device):
     """Return cosine and sine of the angle of position t in each of D/2 planes: two (T, D/2)."""
-    speed = theta ** -(torch.arange(0, D, 2, device=device, dtype=torch.float32) / D)    # (D/2,)
+    plane = torch.arange(0, D, 2, device=device, dtype=torch.float32)                    # (D/2,)
+    speed = theta ** -(plane / D)
     angle = torch.outer(torch.arange(T, device=device, dtype=torch.float32), speed)      # (T, D/2)
     return angle.cos(), angle.sin()
 
@@ -310,8 +312,7 @@ class LlamaMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 class LlamaBlock(nn.Module):
-    """Add attention, then the feed-forward network, to the residual stream x: (B, T, C).
-    Each reads x through a norm, which divides a vector by its root mean square."""
+    """Add attention and feed-forward network, each after a norm, to the residual stream."""
 
     def __init__(self, config):
         super().__init__()
@@ -351,7 +352,8 @@ class Llama(nn.Module):
         positions = tree.depth[:, None] if tree else slice(start, None)     # (B, 1, T) or (T,)
         mask = tree.sees if tree else None
         x = self.embed_tokens(ids)                                          # (B, T, C)
-        cos, sin = cos[positions].to(x.dtype), sin[positions].to(x.dtype)
+        cos = cos[positions].to(x.dtype)
+        sin = sin[positions].to(x.dtype)
         for layer, past in zip(self.layers, cache or [None] * len(self.layers)):
             x = layer(x, cos, sin, past, mask)
         return self.norm(x)
@@ -426,8 +428,9 @@ def both_ways(log_q, log_p, _, weight):
 
 def adaptive(log_q, log_p, _, mu, swapped=False):
     """Weigh forward KL by likely_share, held constant (AKL paper, Eq. 15; swapped, Eq. 16)."""
-    # Forward KL where the models differ on likely tokens, reverse KL where they differ on others.
-    share = likely_share(log_q.detach().exp(), log_p.detach().exp(), mu)[:, 0]
+    q = log_q.detach().exp()
+    p = log_p.detach().exp()
+    share = likely_share(q, p, mu)[:, 0]        # forward KL where they differ on likely tokens
     return both_ways(log_q, log_p, _, 1 - share if swapped else share)
 
 def jensen_shannon(log_q, log_p, _, share):
@@ -456,7 +459,7 @@ DIVERGENCES = {
     "rkl": (lambda q, p, targets, _: kl(q, p), None),
     "fkl+rkl": (both_ways, "fkl_weight"),
     "akl": (adaptive, "mu"),
-    "akl-r": (lambda q, p, targets, mu: adaptive(q, p, targets, mu, swapped=True), "mu"),
+    "akl-r": (lambda q, p, targets, mu: adaptive(q, p, targets, mu, True), "mu"),
     "skl": (lambda q, p, targets, skew: kl(p, mixture(p, q, skew)), "skew"),    # Ko et al. 2024
     "srkl": (lambda q, p, targets, skew: kl(q, mixture(q, p, skew)), "skew"),
     "jsd": (jensen_shannon, "jsd_beta"),
@@ -486,7 +489,8 @@ def to_probabilities(u, v, q, r):
     u - v is cut at 87, as exp(-87) is near fp32's least normal number: a token that the teacher
     rules out costs reverse KL much, not infinitely much."""
     p = v.sub_(v.amax(-1, True))                # r is now a difference of small numbers
-    torch.sub(u, p, out=r).clamp_(max=-math.log(torch.finfo(r.dtype).tiny))
+    limit = -math.log(torch.finfo(r.dtype).tiny)
+    torch.sub(u, p, out=r).clamp_(max=limit)
     # log q - log p = u - v + log(sum exp v / sum exp u)
     q_scale = 1 / torch.exp(u, out=q).sum(-1, True)
     p_scale = 1 / p.exp_().sum(-1, True)
@@ -656,7 +660,8 @@ class FusedLoss(torch.autograd.Function):
         dtype = hidden.dtype
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
-        n = max(1, math.ceil(N / max(1, math.ceil(N / chunk))))     # equal chunks, the last shorter
+        chunks = max(1, math.ceil(N / chunk))
+        n = max(1, math.ceil(N / chunks))                       # equal chunks, the last shorter
         block = n if kind == "cuda" else min(n, max(1, CACHE * torch.get_num_threads() // V))
         scratch = hidden.new_empty(2, block, V, dtype=exact)
         u_memory = hidden.new_empty(n, V, dtype=dtype)
@@ -717,7 +722,8 @@ class Coach:
 
     def __init__(self, teachers, dtype=None):
         with torch.no_grad():
-            self.head = torch.cat([t.head for t in teachers], dim=1) / len(teachers)    # (V, C')
+            heads = torch.cat([teacher.head for teacher in teachers], dim=1)            # (V, C')
+            self.head = heads / len(teachers)
         self.teachers = [teacher.to(dtype) for teacher in teachers]     # they are only read
 
     @torch.no_grad()
@@ -766,7 +772,6 @@ def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype=t
     losses = inputs.new_zeros(3, dtype=torch.float64)
     scaler = scaler or torch.amp.GradScaler(device, enabled=False)
     optimizer.zero_grad()
-
     # forward and backward, a micro-batch at a time
     for ids, target in zip(inputs.split(rows), targets.split(rows)):
         coached = coach.hidden(ids).flatten(0, 1) if coach else None                # (N, C')
@@ -777,7 +782,6 @@ def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype=t
                 settings, beta, settings.chunk)
         scaler.scale(loss / tokens).backward()
         losses += torch.cat([loss.detach().double()[None], parts]) / tokens
-
     # the sum over processes: one flat all-reduce of the gradients
     if shared:
         gradients = [parameter.grad for parameter in model.parameters()]
@@ -785,7 +789,6 @@ def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype=t
         dist.all_reduce(flat)
         dist.all_reduce(losses)
         nn.utils.vector_to_parameters(flat, gradients)
-
     # clipping, AdamW
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf)
@@ -822,7 +825,10 @@ def encode_pairs(vocabulary, pairs, positions):
     """Encode each distinct text of the pairs: its ids, and how many of them are given."""
     # Spaces at the end of what is given move to what is scored, and both are encoded as one string,
     # as lm-evaluation-harness does.
-    places = {text: pair.place for pair in reversed(pairs) for text in (pair.good, pair.bad)}
+    places = {}
+    for pair in pairs:
+        places.setdefault(pair.good, pair.place)
+        places.setdefault(pair.bad, pair.place)
     given = [text[0].rstrip() for text in places]
     whole = [text[0] + text[1] for text in places]
     encode_batch = vocabulary.tokenizer.encode_batch_fast
@@ -836,7 +842,7 @@ def encode_pairs(vocabulary, pairs, positions):
         need(0 < known < len(ids), f"{place}: nothing is left of a text when it is encoded: "
              "expected at least one token to score, and one before it.")
         need(len(ids) - 1 <= positions, f"{place}: a text has {len(ids) - 1} tokens: expected at "
-             f"most the model's {positions} positions (--positions, or other pairs).")
+             f"most the model's {positions} positions (--positions, --pairs none, or other pairs).")
         lines[text] = ids, known
     return lines
 
@@ -925,7 +931,8 @@ def score_tries(model, tries):
     end = pad([torch.tensor(trie.end) for trie in tries], batch_first=True)
     T = ids.shape[1]
     node = torch.arange(T)
-    below = (node <= node[:, None]) & (node[:, None] < end[:, None])                    # (B, T, T)
+    row = node[:, None]
+    below = (node <= row) & (row < end[:, None])                                        # (B, T, T)
     sees = below | torch.eye(T, dtype=torch.bool)       # padding sees itself, for softmax's sake
     tree = Tree(depth.to(device), sees[:, None].to(device))
     hidden = model.hidden(ids.to(device), tree=tree).flatten(0, 1)                      # (B * T, C)
@@ -933,11 +940,13 @@ def score_tries(model, tries):
     rows = [row * T + node for row, trie in enumerate(tries) for node, _ in trie.edges]
     targets = torch.tensor([target for trie in tries for _, target in trie.edges])
     rows, order = torch.tensor(rows).sort(stable=True)
-    found = token_log_probabilities(hidden, model.head, rows.to(device), targets[order].to(device),
-                                    chunk=256)
+    rows = rows.to(device)
+    targets = targets[order].to(device)
+    found = token_log_probabilities(hidden, model.head, rows, targets, chunk=256)
     scores = np.empty(len(rows))
     scores[order.numpy()] = found.double().cpu().numpy()
-    return np.split(scores, np.cumsum([len(trie.edges) for trie in tries])[:-1])
+    sizes = [len(trie.edges) for trie in tries]
+    return np.split(scores, np.cumsum(sizes)[:-1])
 
 @torch.inference_mode()
 def score_pairs(model, vocabulary, pairs, name):
@@ -954,10 +963,10 @@ def score_pairs(model, vocabulary, pairs, name):
                 for text, edges in trie.sequences.items():
                     totals[text] = scores[edges].sum()
                 bar.update(len(trie.sequences))
-    return np.array([[totals[pair.good], totals[pair.bad]] for pair in pairs])
+    scores = [[totals[pair.good], totals[pair.bad]] for pair in pairs]
+    return np.array(scores)
 
-# Here the lesson ends. What follows makes a tool of it, and needs no reading: files and settings,
-# corpus, GPT-2 (the second coach), run folders, training, sampling, tables, the command line.
+# Here the lesson ends. What follows makes a tool of it, and needs no reading.
 
 # -----------------------------------------------------------------------------
 # 8. Files and settings
@@ -1064,7 +1073,7 @@ class Settings:
     clip: float = setting(1.0, "Longest gradient, as a norm over all weights; 0: any length.")
     # what the student is asked to do (the paper's Eqs. 1, 2, 3 and 9)
     objective: str = setting("ce", "Cross-entropy, or with a divergence.", ("ce", *DIVERGENCES))
-    temperature: float = setting(2.0, "tau, by which all logits are divided (Eqs. 6, 7).", low=0.5)
+    temperature: float = setting(2.0, "tau, which divides logits (Eqs. 6, 7).", low=0.5, high=1000)
     alpha: float = setting(0.5, "Weight of cross-entropy; the rest is divergence (Eq. 9).", high=1)
     beta: float = setting(1.0, "Teacher's share of the mixed logits (Eq. 2); 1: no mixing.", high=1)
     progressive: bool = setting(False, "Lower beta from epoch to epoch (Eq. 3).")
@@ -1132,7 +1141,6 @@ def checked(field, value, source):
 
 # -----------------------------------------------------------------------------
 # 9. The corpus
-# a folder of text files  ->  a tokenizer and ids, made once and cached beside the runs
 
 class Corpus(NamedTuple):
     """All that is known of the text."""
@@ -1146,8 +1154,8 @@ def read_text(folder, names):
     """Read the lines, stripped and not empty, of the UTF-8 files whose names match, in order."""
     need(folder.is_dir(), f"{folder} is not a folder: expected text (see data/download.py).")
     lines = []
-    for path in sorted(folder.iterdir()):
-        if re.fullmatch(names, path.name) and path.is_file() and path.name[0] != ".":
+    for path in sorted(folder.glob("[!.]*")):
+        if re.fullmatch(names, path.name) and path.is_file():
             with reading(path):                     # a byte that is not UTF-8 is named
                 text = path.read_bytes().decode("utf-8-sig")
             need(text.strip(), f"{path} is empty: expected text.")
@@ -1182,8 +1190,9 @@ def load_vocabulary(path):
             roles |= {role: token for role, token in read_json(beside).items() if token}
     for token in (roles.get("bos_token"), roles.get("eos_token"), "<s>"):
         token = token.get("content") if isinstance(token, dict) else token
-        if isinstance(token, str) and tokenizer.token_to_id(token) is not None:
-            return Vocabulary(tokenizer, tokenizer.token_to_id(token), files)
+        prefix_id = tokenizer.token_to_id(token) if isinstance(token, str) else None
+        if prefix_id is not None:
+            return Vocabulary(tokenizer, prefix_id, files)
     raise click.ClickException(f"{path}: no token begins a text: expected a bos_token or eos_token "
                                "in the tokenizer_config.json beside it.")
 
@@ -1191,7 +1200,7 @@ def fingerprint(vocabulary):
     """Hash all that decides which ids a text becomes."""
     parts = json.loads(vocabulary.tokenizer.to_str())
     parts = [parts[key] for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")]
-    return digest(json.dumps(parts, sort_keys=True).encode(), str(vocabulary.prefix_id).encode())
+    return digest(json.dumps(parts).encode(), str(vocabulary.prefix_id).encode())
 
 HEADER = 512        # bytes before the ids: a line of JSON, padded with spaces
 
@@ -1272,7 +1281,6 @@ class GPT2Block(nn.Module):
                                            dropout_p=self.dropout if self.training else 0.0)
         y = self.attn["c_proj"](y.transpose(1, 2).flatten(2))
         x = x + F.dropout(y, self.dropout, self.training)
-
         # the feed-forward network: widen, bend, narrow
         y = F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh")
         return x + F.dropout(self.mlp["c_proj"](y), self.dropout, self.training)
@@ -1332,7 +1340,6 @@ def new_model(config, vocab_size, seed):
 
 # -----------------------------------------------------------------------------
 # 11. Run folders
-# a model and its vocabulary  <->  a folder that Hugging Face's tools load as it is
 
 HF_KEYS = {         # our setting: the key in config.json, and what holds where that is missing
     "llama": {"width": ("hidden_size", None), "layers": ("num_hidden_layers", None),
@@ -1362,7 +1369,7 @@ def to_hf_config(config, vocabulary):
             "model_type": kind, "vocab_size": vocabulary.size, **sizes, **HF_FIXED[kind],
             "bos_token_id": vocabulary.prefix_id,
             "eos_token_id": vocabulary.prefix_id if end is None else end,
-            "initializer_range": 0.02, "dtype": "float32"}
+            "dtype": "float32"}
 
 def from_hf_config(path):
     """Return shape and V of the model that a config.json describes. Error: one not built here."""
@@ -1403,7 +1410,8 @@ def write_safetensors(path, tensors):
     with written_whole(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            values = tensor.detach().cpu().contiguous()
+            file.write(values.view(torch.uint8).numpy())
 
 def read_safetensors(path):
     """Read the tensors of a safetensors file, memory-mapped, every entry checked."""
@@ -1469,7 +1477,6 @@ def load_model(folder, device):
 
 # -----------------------------------------------------------------------------
 # 12. Training
-# settings, corpus, teachers  ->  a trained model in its run folder
 
 def rank_and_size():
     """Return this process's rank and how many processes there are: torchrun starts several."""
@@ -1541,7 +1548,7 @@ def describe_run(run, corpus, device):
             "settings": asdict(run.settings), "teachers": [str(each.out) for each in run.teachers],
             "digests": digests, "words": corpus.words, "versions": versions,
             "prefix_token": corpus.vocabulary.tokenizer.id_to_token(corpus.vocabulary.prefix_id),
-            "machine": platform.platform(), "processes": rank_and_size()[1],
+            "processes": rank_and_size()[1],
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
             "threads": torch.get_num_threads()}
 
@@ -1607,10 +1614,10 @@ def load_state(path, identity, parts):
                  f"{path} is damaged: its parts do not fit each other.")
         return int(state["step"]), float(state["seconds"]), int(state["logged"])
 
-# What this program writes into a run's folder; a partial file has its writer's process in the name.
-OWN = re.compile(r"(log\.jsonl|run\.json|state\.pt|config\.json|model\.safetensors|tokenizer\.json"
+# All there is of a run that was killed early; a partial file has its writer's process in the name.
+OWN = re.compile(r"log\.jsonl|(run\.json|state\.pt|config\.json|model\.safetensors|tokenizer\.json"
                  r"|tokenizer_config\.json|special_tokens_map\.json|\w+-[0-9a-f]{8}\.jsonl)"
-                 r"(\.\d+\.partial)?")
+                 r"\.\d+\.partial")
 
 @contextlib.contextmanager
 def locked_log(folder):
@@ -1635,7 +1642,6 @@ def fit(run, corpus, device, log, resume=False):
     dtype = step_dtype(settings, device)
     steps, per_epoch = count_steps(len(corpus.train), settings)
     tokens = settings.batch_size * settings.context
-
     # the model, its optimizer, and the teachers that it listens to
     model = new_model(settings, corpus.vocabulary.size, settings.seed).to(device).train()
     optimizer = make_optimizer(model, settings)
@@ -1646,7 +1652,6 @@ def fit(run, corpus, device, log, resume=False):
     if settings.compile and device == "cuda":       # a small model's step is mostly kernel launches
         for each in [model, *teachers]:
             each.compile()
-
     # begin at a checkpoint, or at step 0 in a clean folder
     state = run.out / "state.pt"
     record = describe_run(run, corpus, device)
@@ -1682,10 +1687,10 @@ def fit(run, corpus, device, log, resume=False):
                 group["lr"] = lr
             batch = batch_at(step, corpus.train, settings)
             inputs, targets = (rows.tensor_split(size)[rank].to(device) for rows in batch)
-            torch.manual_seed(((settings.seed * 2**32 + step) * size + rank) % 2**63)   # dropout
+            seed = (settings.seed * 2**32 + step) * size + rank                         # dropout
+            torch.manual_seed(seed % 2**63)
             row = train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype,
                              scaler)
-
             # a line in the log; fp16 leaves out a step whose gradient was too large
             loss, ce, kl, norm = row.tolist()                                   # waits for a GPU
             sound = math.isfinite(loss) and (scaler.is_enabled() or math.isfinite(norm))
@@ -1703,7 +1708,6 @@ def fit(run, corpus, device, log, resume=False):
             if last or settings.eval_every and (step + 1) % settings.eval_every == 0:
                 dev_loss = held_out_loss(model, corpus.dev, settings)
                 log.write(json.dumps({"step": step + 1, "dev_loss": dev_loss}) + "\n")
-
             # a checkpoint every few minutes, and before we obey a signal
             number = stop_signal(received, device)
             due = time.monotonic() - saved > 60 * settings.save_minutes
@@ -1785,15 +1789,13 @@ def read_pair(line, path, number):
         raise click.ClickException(                 # EWoK's text is not to be spread
             f"{path}, line {number}: expected a JSON object with strings sentence_good and "
             "sentence_bad, or Context1, Context2, Target1 and Target2, none of them empty.")
-    # BLiMP's paper counts its two s-selection paradigms under argument structure.
-    term = term.replace("s-selection", "argument_structure")
+    term = term.replace("s-selection", "argument_structure")        # as BLiMP's paper counts them
     given = contexts[0] if contexts else ""
     return Pair((given, " " + good), (given, " " + bad), paradigm, term, path, number)
 
 def read_pairs(folder, sample=0):
-    """Read the pairs in a folder's *.jsonl, or about `sample` of them, the same share of each
-    paradigm and one at least."""
-    paths = sorted(folder.glob("[!.]*.jsonl"))
+    """Read the pairs in a folder's *.jsonl, or about `sample`, the same share of each paradigm."""
+    paths = sorted(path for path in folder.glob("[!.]*.jsonl") if path.is_file())
     need(paths, f"{folder} holds no *.jsonl: expected minimal pairs (see data/download.py).")
     pairs = [read_pair(line, path, number) for path in paths
              for number, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()]
@@ -1803,13 +1805,12 @@ def read_pairs(folder, sample=0):
     kept = []
     draw = np.random.default_rng(0)
     for group in group_by(pairs, lambda pair: pair.paradigm).values():
-        count = max(1, round(share * len(group)))
+        count = max(1, round(share * len(group)))       # one at least
         kept += [group[i] for i in sorted(draw.permutation(len(group))[:count])]
     return kept
 
 def points(scores):
-    """Score 1 for a pair whose good text is likelier or as likely, else 0, also for NaN and inf:
-    (pairs, 2) -> (pairs,)"""
+    """Score 1 for a pair whose good text is as likely or likelier, else (or for NaN and inf) 0."""
     return (scores[:, 0] >= scores[:, 1]) * np.isfinite(scores).all(1)
 
 def mean_row(rows):
@@ -1852,8 +1853,8 @@ def evaluate(model, vocabulary, pairs, folder, suite, name):
     n, ties, lost = result["n"], result["ties"], result["not_finite"]
     need(lost < n, f"{folder}: its scores are not finite: was the learning rate too high?")
     if lost or ties > 0.01 * n:
-        click.echo(f"Warning: of {n:,} pairs {ties:,} have two equal scores and {lost:,} a score "
-                   "that is not finite: has this model been trained?", err=True)
+        click.echo(f"Warning: {ties:,} of {n:,} pairs are ties, and {lost:,} scores are not "
+                   "finite: has this model been trained?", err=True)
     try:
         keep_scores(folder, suite, pairs, scores)
     except OSError as error:
@@ -1901,21 +1902,22 @@ def read_scores(path):
         names = [(str(line["phenomenon"]), str(line["paradigm"]), line["line"]) for line in lines]
         scores = np.array([[float(line["good"]), float(line["bad"])] for line in lines])
         need(len(names) == facts["pairs"] > 0 and facts["weights"] == weights_digests(path.parent),
-             f"{path} is cut off, or of other weights than those beside it: score the model again "
-             "with eval-blimp.")
+             f"{path} is cut off, or of other weights than those beside it: run eval-blimp again.")
     return Scores(names, points(scores))
 
 def mcnemar(gained, lost):
     """Return the exact two-sided p of McNemar's test (1947)."""
     # How often does a fair coin split the pairs that only one model gets right as unevenly?
     coin = torch.distributions.Binomial(gained + lost, torch.tensor(0.5, dtype=torch.float64))
-    tail = coin.log_prob(torch.arange(min(gained, lost) + 1, dtype=torch.float64)).logsumexp(0)
+    splits = torch.arange(min(gained, lost) + 1, dtype=torch.float64)
+    tail = coin.log_prob(splits).logsumexp(0)
     return min(1.0, 2 * tail.exp().item())
 
 @functools.lru_cache
 def student_t(df):
     """Return the 97.5 % quantile of Student's t, from a million draws (we have no SciPy)."""
-    return np.quantile(np.abs(np.random.default_rng(0).standard_t(df, 10**6)), 0.95)
+    draws = np.random.default_rng(0).standard_t(df, 10**6)
+    return np.quantile(np.abs(draws), 0.95)
 
 def confidence_interval(differences):
     """Return a 95 % interval for the mean over paradigms of the mean difference within each."""
@@ -1937,9 +1939,10 @@ def compare_scores(first, other):
         gaps = [other.right[group].astype(float) - first.right[group] for group in groups]
         low, high = confidence_interval(gaps)
         gap = np.concatenate(gaps)
-        p = mcnemar(int(np.sum(gap > 0)), int(np.sum(gap < 0)))
-        # McNemar's test takes pairs for independent, which they are not, so it decides where there
-        # are few pairs, and the interval where there are many.
+        gained = int(np.sum(gap > 0))
+        lost = int(np.sum(gap < 0))
+        p = mcnemar(gained, lost)
+        # McNemar's test decides where there are few pairs, the interval where there are many.
         verdict = "not distinguishable"
         if p < 0.05 and not low <= 0 <= high:
             verdict = "better" if low > 0 else "worse"
@@ -1954,7 +1957,6 @@ def compare_scores(first, other):
 
 # -----------------------------------------------------------------------------
 # 15. The command line
-# defaults < the config's TOML < flags  ->  settings  ->  train, eval-blimp, compare, sample
 
 def settings_flags(command):
     """Give a command a flag for every setting, None where it is not given."""
@@ -1987,23 +1989,23 @@ def read_config(path, above=()):
     """Return the student's settings and each teacher's, from a TOML file."""
     need(path.resolve() not in above, f"{path} is its own base: expected another file.")
     with reading(path):
-        raw = tomllib.loads(path.read_bytes().decode())
+        raw = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
+        need(isinstance(raw.get("teacher", []), list), f"{path}: expected [[teacher]].")
         tables = [dict(table) for table in raw.pop("teacher", [])]
         base = path.parent / raw.pop("base", "")
-    # What it leaves out is taken from the file that it names as its base, teachers one by one.
-    values, teachers = {}, []
+    values, teachers = {}, []           # what it leaves out is its base's, teachers one by one
     if base != path.parent:
         values, teachers = read_config(base, (*above, path.resolve()))
     values |= check_keys(raw, KNOWN, f"{path}: ", path.parent)
     for i, table in enumerate(tables):
         own = settings_between("context", "clip") + ["micro_batch"]
         own = check_keys(table, own, f"{path}, teacher {i + 1}: ", path.parent)
-        teachers[i:i + 1] = [{**dict(*teachers[i:i + 1]), **own}]
+        below = teachers[i] if i < len(teachers) else {}
+        teachers[i:i + 1] = [below | own]
     return values, teachers
 
 def read_settings(config, flags, teachers):
-    """Return the run's settings, and those of the teachers that the config describes for it, unless
-    the user names folders of teachers in their place."""
+    """Return the run's settings, and those of its teachers, unless their folders are named."""
     values, tables = read_config(config)
     given = {name: value for name, value in flags.items() if value is not None}
     values |= check_keys(given, KNOWN, "--", Path())
@@ -2037,7 +2039,7 @@ def check_teacher(run, corpus):
 
 def plan_runs(out, folders, settings, described, corpus, device):
     """Return a command's runs: the teachers, in these folders or as described, and the student."""
-    # A described teacher's folder is named by a hash of settings and text: it serves all students.
+    # A described teacher's folder is named by a hash: it serves all students.
     beside = Path(os.path.relpath(out.resolve().parent))
     runs = [Run("", folder) for folder in folders]
     for own in described:
@@ -2087,13 +2089,11 @@ def describe_plan(run, corpus):
 
 def idle_flags(settings, flags):
     """Return the flags given that have no effect on this run."""
-    idle = {constant for _, constant in DIVERGENCES.values() if constant}
-    idle.discard(DIVERGENCES.get(settings.objective, (None, None))[1])
-    if settings.objective == "ce":
-        idle |= {"temperature", "alpha", "beta", "progressive", "mixing", "reduction"}
-    if settings.tokenizer:
-        idle.add("vocab_size")
-    return ["--" + name.replace("_", "-") for name in sorted(idle) if flags[name] is not None]
+    constant = DIVERGENCES.get(settings.objective, (None, None))[1]
+    idle = settings_between("temperature" if settings.objective == "ce" else "fkl_weight", "gamma")
+    idle += ["vocab_size"] if settings.tokenizer else []
+    return ["--" + name.replace("_", "-") for name in idle
+            if name != constant and flags[name] is not None]
 
 def print_results(runs, corpus, pairs, device):
     """Print what the models have learnt, side by side, and where they are."""
@@ -2115,12 +2115,11 @@ def choose_device(name):
     found = torch.cuda.is_available()
     need(name != "cuda" or found, "--device cuda: this machine, or this build of torch, has none.")
     torch.set_flush_denormal(True)              # numbers under 1e-38 are a hundred times slower
-    # On AMD, MKL multiplies fp32 at half the speed of oneDNN, which torch only uses if bf16 is
-    # allowed. Without AMX, oneDNN still computes in fp32: check that.
+    # On AMD, oneDNN is twice as fast as MKL. torch wants bf16 allowed for it: check it is not used.
     cpu = Path("/proc/cpuinfo")
     if "AuthenticAMD" in (cpu.read_text() if cpu.exists() else platform.processor()):
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
-        a, b = torch.randn(2, 512, 512, generator=torch.Generator().manual_seed(0))
+        a, b = torch.rand(2, 512, 512)
         exact = a.double() @ b.double()
         if (a @ b - exact).norm() > 1e-6 * exact.norm():
             torch.backends.mkldnn.matmul.fp32_precision = "ieee"
@@ -2134,8 +2133,8 @@ class Cli(click.Group):
         except BrokenPipeError:
             raise
         except OSError as error:
-            missing = isinstance(error, FileNotFoundError)
-            hint = "" if missing else " Check the permissions and the room on the disk."
+            wrong = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
+            hint = "" if isinstance(error, wrong) else " Check permissions and room on the disk."
             raise click.ClickException(f"{error.filename or 'A file'}: {error.strerror}.{hint}")
         except (MemoryError, RuntimeError) as error:
             text = f"{type(error).__name__}: {error}"
@@ -2152,13 +2151,14 @@ device_option = click.option("--device", type=click.Choice(("auto", "cpu", "cuda
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, not tables.")
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"],
-                                        "max_content_width": 100, "show_default": True})
+                                        "show_default": True})
 def cli():
     """Train a small language model, distil it from teachers, and score its grammar."""
+    sys.stdout.reconfigure(errors="backslashreplace")       # a path may be no UTF-8
 
 def join_processes(device):
     """Join the processes that torchrun started, if it did: together they train one model."""
-    if not {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+    if "LOCAL_RANK" not in os.environ:
         return
     if device == "cuda":
         number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
@@ -2169,7 +2169,7 @@ def join_processes(device):
                             timeout=datetime.timedelta(hours=1))
     click.get_current_context().call_on_close(dist.destroy_process_group)
 
-@cli.command("train", short_help="Train a model, alone or from teachers.")
+@cli.command("train")
 @click.option("-c", "--config", type=FOLDER, default=HOME / "configs/tiny.toml",
               help="TOML file of settings.  [default: configs/tiny.toml]")
 @click.option("-o", "--out", type=FOLDER, help="The run's folder; its teachers are beside it.  "
@@ -2181,8 +2181,8 @@ def join_processes(device):
 @click.option("--dry-run", is_flag=True, help="Only say what would be trained; encodes the text.")
 @settings_flags
 def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
-    """Train a model on text: alone, or as the student of one or two teachers. A teacher that the
-    config describes is trained first, unless its folder holds it already.
+    """Train a model, alone or from teachers, which are trained first if they are not there yet.
+
     Example: python choobaca.py train --objective rkl --teachers 1"""
     settings, described = read_settings(config, flags, folders)
     device = choose_device(settings.device)
@@ -2190,8 +2190,8 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
         click.echo(f"{flag} has no effect here.", err=True)
     name = f"{config.stem}-{settings.objective}-{settings.teachers}-seed{settings.seed}"
     out = (out or Path("runs", name)).expanduser()
-    names = [path.name for path in out.iterdir()] if out.exists() else []
-    need("run.json" in names or all(map(OWN.fullmatch, names)),
+    names = {path.name for path in out.glob("*")}
+    need({"run.json", "log.jsonl"} <= names or all(map(OWN.fullmatch, names)),
          f"{out} already holds files that are no run: choose another --out.")
     need(overwrite or resume or dry_run or "model.safetensors" not in names,
          f"{out} already holds a run: choose another --out, or add --overwrite to replace it.")
@@ -2225,7 +2225,7 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
     if rank == 0 and not dry_run:
         print_results(runs, corpus, pairs, device)
 
-@cli.command("eval-blimp", short_help="Score a model on minimal pairs.")
+@cli.command("eval-blimp")
 @click.option("-m", "--model", "folder", type=FOLDER, help="A run, or any Hugging Face folder of a "
               "LLaMA or GPT-2.  [default: the newest finished run in runs/]")
 @click.option("-d", "--data", type=FOLDER, help="Folder of minimal pairs, *.jsonl as BLiMP's or "
@@ -2236,8 +2236,8 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
 @device_option
 @json_option
 def eval_blimp_command(folder, data, suite, sample, device, as_json):
-    """Score a model on minimal pairs: how often is the good sentence the likelier one?
-    The scores of single pairs are kept in the model's folder, for `compare`.
+    """Score a model on minimal pairs, for `compare` as well.
+
     Example: python choobaca.py eval-blimp --model runs/tiny-rkl-1-seed0"""
     if folder is None:
         finished = sorted(Path("runs").glob("*/model.safetensors"), key=os.path.getmtime)
@@ -2264,7 +2264,8 @@ def eval_blimp_command(folder, data, suite, sample, device, as_json):
         table = pairs_table({"accuracy": result}, paradigms=not several)
         tables.append(f"{folder} on {shown}\n\n{table}")
     results["all"] = {"model": str(folder), "suites": dict(results)}
-    click.echo(json.dumps(results[suite], indent=2) if as_json else "\n\n".join(tables))
+    text = json.dumps(results[suite], indent=2) if as_json else "\n\n".join(tables)
+    click.echo(text)
 
 @cli.command("compare", short_help="Say whether a model is better than another, or lucky.")
 @click.argument("first", type=FOLDER)
@@ -2283,41 +2284,39 @@ def compare_command(first, others, suite, as_json):
              "one of them is damaged: score the models again with eval-blimp.")
         rows = compare_scores(base, scores)
         found.append({"first": str(first), "other": str(folder), "scores": name, "rows": rows})
-        lines = [f"{folder} against {first}\n\n{'accuracy in %':<27} {'n':>6}  first  other  "
+        lines = [f"{folder} against {first}\n\n{'accuracy':<27} {'n':>6}  first  other  "
                  "difference, 95 % interval    McNemar's p  verdict"]
-        for row in rows:
-            keys = ("first", "other", "difference", "low", "high")
-            percent = {key: 100 * row[key] for key in keys}
-            lines.append("{phenomenon:<27} {n:>6,} ".format(**row) + "{first:6.1f} {other:6.1f} "
-                         "{difference:+6.2f} ({low:+7.2f} to {high:+7.2f})".format(**percent)
-                         + f" {row['p']:14.2g}  {row['verdict']}")
+        lines += ["{phenomenon:<27} {n:>6,} {first:6.1%} {other:6.1%} {difference:+7.2%} "
+                  "({low:+8.2%} to {high:+8.2%}) {p:9.2g}  {verdict}".format(**row) for row in rows]
         tables.append("\n".join(lines))
     tables.append("Better or worse: the 95 % interval over paradigms leaves out 0, and McNemar's p "
                   "is\nunder 0.05. Of no difference, up to one row in twenty says so.")
     click.echo(json.dumps(found, indent=2) if as_json else "\n\n".join(tables))
 
-@cli.command("sample", short_help="Let a model write.")
+@cli.command("sample")
 @click.argument("run", type=FOLDER)
 @click.option("--prompt", default="", help="How each text begins.  [default: with nothing]")
 @click.option("--tokens", default=100, type=click.IntRange(1),
-              help="How many to add to a sample at most; with --out, how many to write in all.")
+              help="How many to add to a sample at most; with --out, in all or a batch more.")
 @click.option("--temperature", default=1.0, type=click.FloatRange(0, 100),
               help="By which logits are divided; 0: always the most likely token.")
-@click.option("--count", default=1, type=click.IntRange(1), help="Samples.")
-@click.option("--seed", default=0, type=click.IntRange(0, 2**63 - 1), help="Seed of the draws.")
+@click.option("--count", default=1, type=click.IntRange(1, 10_000), help="Samples.")
+@click.option("--seed", default=0, type=click.IntRange(0), help="Seed of the draws.")
 @click.option("-o", "--out", type=FOLDER, help="Write --tokens tokens into a new folder of text.")
 @device_option
 def sample_command(run, prompt, tokens, temperature, count, seed, out, device):
-    """Let a run, or any Hugging Face LLaMA or GPT-2, write, a line a sample.
+    """Let a model write, a line a sample.
+
     With --out it writes a text to train on: sequence-level distillation (Kim and Rush 2016).
     Example: python choobaca.py sample runs/tiny-rkl-1-seed0 --prompt "the dog" --count 5"""
     need(not out or not out.exists(), f"{out} is already there: choose another --out.")
-    need(not 0 < temperature < 1e-3, "--temperature: expected 0, or 0.001 and more.")
+    need(temperature == 0 or temperature >= 1e-3, "--temperature: expected 0, or 0.001 and more.")
     model, vocabulary = load_model(run, choose_device(device))
     tokenizer = vocabulary.tokenizer
     start = [vocabulary.prefix_id]
     if prompt:
-        start += tokenizer.encode(" " + prompt, add_special_tokens=False).ids
+        prompt = " " + prompt.encode(errors="replace").decode()
+        start += tokenizer.encode(prompt, add_special_tokens=False).ids
     room = model.config.positions - len(start) + 1      # the last token drawn needs no position
     need(room > 0, f"--prompt has {len(start):,} tokens with the prefix: expected at most the "
          f"model's {model.config.positions:,} positions.")
@@ -2327,7 +2326,8 @@ def sample_command(run, prompt, tokens, temperature, count, seed, out, device):
     ends = tokenizer.encode("\n", add_special_tokens=False).ids[-1:] + [vocabulary.prefix_id]
     ends += [i for i in eos if i in range(len(model.head))]
 
-    ids = torch.tensor([start] * (256 if out else count), device=model.head.device)
+    rows = 256 if out else count
+    ids = torch.tensor([start] * rows, device=model.head.device)
     generator = torch.Generator(model.head.device).manual_seed(seed)
     lines = []
     with tqdm(total=tokens, desc="sampling", unit=" tokens", disable=not out) as bar:

@@ -156,7 +156,8 @@ def download(name: str, out: Path | None) -> None:
 def rewrite(change, from_dir: Path, to_dir: Path) -> None:
     """Write what `change` makes of a folder's files into a new folder, which appears at once."""
     kinds = (".train", ".dev", ".txt") if change is clean_file else (".jsonl",)
-    paths = [path for path in sorted(from_dir.glob("[!.]*")) if path.suffix in kinds]
+    paths = [path for path in sorted(from_dir.glob("[!.]*"))
+             if path.suffix in kinds and path.is_file()]
     c.need(paths, f"{from_dir} holds no {' or '.join(kinds)}: expected a folder of such files.")
     c.need(not to_dir.exists(), f"{to_dir} is there already: remove it or name another folder.")
 
