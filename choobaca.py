@@ -1724,6 +1724,7 @@ def fit(run, corpus, device, log, resume=False):
             if rank == 0 and last:
                 save_model(run.out, model, corpus.vocabulary)
                 state.unlink(missing_ok=True)
+        number = number or stop_signal(received, device)
     if number and rank == 0:
         click.echo(f"{run.name}: stopped after step {step + 1:,} of {steps:,}, which is kept. To "
                    "go on: the same command with --resume.", err=True)

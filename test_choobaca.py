@@ -827,6 +827,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     """And what two processes write at once does not mix."""
     path = tmp_path / "x"
     path.write_text("old")
+    before = path.stat().st_ino
     with pytest.raises(ZeroDivisionError), c.written_whole(path) as file:
         file.write(b"new" * (1 // 0))
     assert path.read_text() == "old"
@@ -835,7 +836,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         monkeypatch.setattr(os, "getpid", lambda: 0)
         with c.written_whole(path) as other:
             other.write(b"BBBB")
-        assert path.read_text() == "BBBB"
+        assert path.read_text() == "BBBB" and path.stat().st_ino != before
         file.write(b"AAA")
     assert path.read_text() == "AAAAAA" and list(tmp_path.iterdir()) == [path]
 
@@ -869,16 +870,17 @@ def test_what_other_programs_write_is_read(tmp_path, vocabulary):
         assert c.load_vocabulary(tmp_path).prefix_id == wanted
 
 LLAMA = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
-GPT2 = dict(n_embd=32, n_layer=2, n_head=4, n_inner=40)
 THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}
 
-@pytest.mark.parametrize("kind, sizes", [
-    ("Llama", LLAMA), ("Llama", LLAMA | {"tie_word_embeddings": True}), ("GPT2", GPT2),
-    ("Llama", LLAMA | THETA | {"num_key_value_heads": 1})])
-def test_we_read_the_folders_of_transformers(tmp_path, vocabulary, kind, sizes):
+@pytest.mark.parametrize("sizes", [
+    LLAMA, LLAMA | {"tie_word_embeddings": True}, LLAMA | THETA | {"num_key_value_heads": 1},
+    dict(n_embd=32, n_layer=2, n_head=4, n_inner=40)])
+def test_we_read_the_folders_of_transformers(tmp_path, vocabulary, sizes):
+    """Whole, and in shards."""
     transformers = pytest.importorskip("transformers")
-    config = getattr(transformers, kind + "Config")(vocab_size=vocabulary.size, **sizes)
-    theirs = transformers.AutoModelForCausalLM.from_config(config).eval()
+    kind = transformers.LlamaConfig if "hidden_size" in sizes else transformers.GPT2Config
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        kind(vocab_size=vocabulary.size, **sizes)).eval()
     for parameter in theirs.parameters():
         parameter.data *= 5 if parameter.dim() > 1 else 1
     for shard in ("1GB", "20KB"):
@@ -955,11 +957,14 @@ def test_what_is_finished_is_used_again_if_it_is_the_same(here, monkeypatch):
     assert f"seed is 0, but r/{teacher.name} was begun with 7" in train("r/4", code=1).stderr
 
 def test_held_out_loss_does_not_depend_on_the_batch(corpus):
-    m, ids = model(V=corpus.vocabulary.size, sharp=3), corpus.dev[:16 * 62 + 1]
+    """Nor is anything dropped out in it."""
+    m = model(V=corpus.vocabulary.size, sharp=3, model_type="gpt2", dropout=0.5).train()
+    ids = corpus.dev[:16 * 62 + 1]
     losses = [c.held_out_loss(m, ids, settings(batch_size=size)) for size in (1, 7, 62)]
-    rows = torch.from_numpy(ids.astype(np.int64))
+    assert m.training and not c.held_out_loss(m, ids[:16], settings())
+    rows, m = torch.from_numpy(ids.astype(np.int64)), m.eval()
     wanted = F.cross_entropy(logits(m, rows[:-1].view(62, 16)).flatten(0, 1), rows[1:]).item()
-    assert losses == pytest.approx([wanted] * 3) and not c.held_out_loss(m, ids[:16], settings())
+    assert losses == pytest.approx([wanted] * 3)
 
 def test_runs_in_half_precision(here, monkeypatch):
     """How it coaches does not change a teacher. A checkpoint holds fp16's loss scale; it falls."""
@@ -970,14 +975,15 @@ def test_runs_in_half_precision(here, monkeypatch):
         losses.append(history(f"{flag}/run")[-1]["dev_loss"])
     assert len({*map(weights, here.glob("teacher-*/teacher-*"))}) == 1
     assert len({*losses}) == 4 and np.ptp(losses[:3]) < 1e-3 and np.ptp(losses) < 0.01
-    large = functools.partial(torch.amp.GradScaler, init_scale=2.0**40)
+    large = functools.partial(torch.amp.GradScaler, init_scale=2.0**26)
     monkeypatch.setattr(torch.amp, "GradScaler", large)
     train("whole", "--precision fp16 --steps 12")
     stopped(monkeypatch, 5)
     train("part", "--precision fp16 --steps 12", 130)
     train("part", "--precision fp16 --steps 12 --resume")
     same_runs("whole", "part")
-    assert not all(math.isfinite(line.get("norm", 0)) for line in history("part"))
+    finite = {math.isfinite(line["norm"]) for line in history("part")[:-1]}
+    assert finite == {True, False}                      # it falls, and then it is low enough
 
 def in_two(out, flags="", codes=(0, 0), number=0):
     """What two processes say that train one model; the second is sent a signal after a step."""
@@ -1144,9 +1150,6 @@ def test_a_full_disk_leaves_the_last_checkpoint(here, monkeypatch):
 
 def test_what_goes_wrong_in_a_run_is_said(here, saved, vocabulary, monkeypatch):
     """Ruined weights; memory that runs out. But a fault of ours is none of the user's."""
-    def fail(*_):
-        raise error
-
     broken, _ = c.load_model(saved, "cpu")
     broken.norm.weight.data.fill_(math.nan)
     c.save_model(saved, broken, vocabulary)
@@ -1156,7 +1159,7 @@ def test_what_goes_wrong_in_a_run_is_said(here, saved, vocabulary, monkeypatch):
                           ("--objective rkl --teacher model --context 16", "weights are not")):
         assert wanted in train("r/a", flags + " --overwrite", 1).stderr
     assert not list(here.glob("r/*/*.safetensors"))
-    monkeypatch.setattr(c, "train_step", fail)
+    monkeypatch.setattr(c, "train_step", lambda *_: (_ for _ in ()).throw(error))
     for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2"),
                   RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't")):
         assert re.search("out of memory.*--micro-batch", train("r/a", "--overwrite", 1).stderr)
@@ -1369,8 +1372,8 @@ BAD = {                         # what the user did: what the sentence says
         "betta = 1": "unknown key 'betta'; did you mean 'beta'?", "lr = ''": "lr is '': expected",
         "layers = true": "layers is True: exp", "lr = nan": "lr is nan", "teacher = 3": "bad.toml",
         "lr =": "bad.toml", 'base = "no"': "no: No such file", 'base = "bad.toml"': "its own base",
-        'text = "a\\u0000b"': "without a NUL", f"lr = 1{'0' * 400}": "lr is 1000",
-        "[[teacher]]\ntext = ''": "teacher 1: unknown key 'text'"},
+        "[[teacher]]\ntext = ''": "teacher 1: unknown key 'text'", f"lr = 1{'0' * 400}": "lr is 10",
+        'text = "a\\u0000b"': "without a NUL", "zzz = 1": "unknown key 'zzz'; train --help"},
     "train -o out -c brief.toml --text text": {
         "": "a.txt is empty", "good \udcff bad": "0xff in position 5", "short": "less than a batc"},
     "train -o out -c brief.toml ": {
@@ -1500,9 +1503,8 @@ def mutated(content, draw, text):
         start = draw.randrange(len(content[:text] if draw.random() < 0.8 else content))
         end = start + draw.choice([0, 1, 1, 2, 8, 100])
         new = draw.choice([b"", draw.randbytes(1), draw.choice(PIECES), 2 * content[start:end]])
-        numbers = [*re.finditer(rb"-?\d+(\.\d+)?", content[:text])]
-        if numbers and draw.random() < 0.2:
-            (start, end), new = draw.choice(numbers).span(), draw.choice(NUMBERS)
+        if draw.random() < 0.2 and (some := [*re.finditer(rb"-?\d+(\.\d+)?", content[:text])]):
+            (start, end), new = draw.choice(some).span(), draw.choice(NUMBERS)
         content = content[:start] + new + content[end:draw.choice([None] * 19 + [end])] or b" "
     return content
 
@@ -1510,17 +1512,16 @@ def test_no_mutated_file_gets_through_or_brings_it_down(here, saved, vocabulary)
     """20,000 files: each is read, or refused in one sentence, in a second and little memory."""
     write_pairs("p/a.jsonl", *((f"Dog {i} runs.", f"Dog {i} run.") for i in range(4)))
     c.keep_scores(saved, "blimp", c.read_pairs(Path("p")), np.full((4, 2), -1.5))
-    m, draw, found = model(V=60), random.Random(0), set()
+    m, draw, ids = model(V=60), random.Random(0), set()
     parts = {"model": m, "optimizer": c.make_optimizer(m, settings())}
     c.train_step(m, parts["optimizer"], None, *torch.zeros(2, 2, 8).long(), settings(), 1.0)
     c.save_state(here / "state.pt", {"run": "x", "step": 3, "seconds": 1, "logged": 9}, parts)
 
-    def same_ids():
-        found.add(c.encode_once(path, vocabulary, ["A dog."], "line", {"text": "1"}).tobytes())
-        assert len(found) == 1
+    def read_ids():
+        ids.add(c.encode_once(here / "x.ids", vocabulary, ["A dog."], "line", {}).tobytes())
 
-    path, before = here / "x.ids", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    same_ids()
+    read_ids()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for count, name, text, read in (                # how many, the file, its part that is text
             (5000, "model/model.safetensors", 3300, lambda: c.load_model(saved, "cpu")),
             (4000, "model/config.json", None, lambda: c.load_model(saved, "cpu")),
@@ -1530,7 +1531,7 @@ def test_no_mutated_file_gets_through_or_brings_it_down(here, saved, vocabulary)
             (1500, "model/blimp-*.jsonl", None, lambda: c.read_scores(path)),
             (3000, "brief.toml", None, lambda: c.read_settings(path, NO_FLAGS, [])),
             (200, "state.pt", None, lambda: c.load_state(path, "x", parts)),
-            (300, "x.ids", 512, same_ids)):
+            (300, "x.ids", 512, read_ids)):
         path, = here.glob(name)
         whole, refused = path.read_bytes(), 0
         for _ in range(count):
@@ -1545,7 +1546,7 @@ def test_no_mutated_file_gets_through_or_brings_it_down(here, saved, vocabulary)
         path.write_bytes(whole)
         read()
         assert (name != "x.ids") <= refused < count
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000 and len(ids) == 1
 
 # -----------------------------------------------------------------------------
 # The data, the file, the README
