@@ -657,15 +657,14 @@ class FusedLoss(torch.autograd.Function):
         are in hidden's dtype, or autocast's; all else is in fp32 or better."""
         N, V, kind = len(hidden), len(head), hidden.device.type
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        dtype = hidden.dtype
-        if torch.is_autocast_enabled(kind):
-            dtype = torch.get_autocast_dtype(kind)
-        chunks = max(1, math.ceil(N / chunk))
-        n = max(1, math.ceil(N / chunks))                       # equal chunks, the last shorter
-        block = n if kind == "cuda" else min(n, max(1, CACHE * torch.get_num_threads() // V))
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        chunks = math.ceil(N / chunk) or 1
+        n = math.ceil(N / chunks) or 1                          # equal chunks, the last shorter
+        distilled = settings.objective in DIVERGENCES
+        width = V if settings.objective in CLOSED_FORMS or not distilled else 2 * V     # float64
+        block = n if kind == "cuda" else min(n, max(1, CACHE * torch.get_num_threads() // width))
         scratch = hidden.new_empty(2, block, V, dtype=exact)
         u_memory = hidden.new_empty(n, V, dtype=dtype)
-        distilled = settings.objective in DIVERGENCES
         tau = settings.temperature if distilled else 1.0
         if distilled:
             v_memory = torch.empty_like(u_memory)
@@ -678,8 +677,9 @@ class FusedLoss(torch.autograd.Function):
             # 1. Make this chunk's logits / tau.
             rows = slice(i, i + n)
             h = hidden[rows].to(dtype)
-            keep = targets[rows, None] >= 0
-            target = targets[rows, None].clamp(min=0)
+            target = targets[rows, None]
+            keep = target >= 0
+            target = target.clamp(min=0)
             u = logits_into(u_memory, h, head, tau)
             v = None
             if distilled:
@@ -710,7 +710,7 @@ class FusedLoss(torch.autograd.Function):
         assert not getattr(ctx, "spent", False), "the first backward pass has used the gradients up"
         ctx.spent = True
         d_hidden, d_head = ctx.saved_tensors
-        for gradient in (d_hidden, d_head):
+        for gradient in ctx.saved_tensors:
             if gradient is not None:
                 gradient.mul_(d_loss)
         return d_hidden, d_head, None, None, None, None, None, None
