@@ -66,6 +66,7 @@ import click
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn         # later, its default arguments would keep a process group alive
 import torch.nn.functional as F
 from tokenizers import (Tokenizer, decoders, models, normalizers, pre_tokenizers, processors,
                         trainers)

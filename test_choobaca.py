@@ -1021,6 +1021,20 @@ def test_two_processes_train_the_model_of_one(here):
     said = in_two("x", "--objective ce --batch-size 9 --micro-batch 3", (1, 1))
     assert "2 processes cannot share --batch-size 9" in said[0]
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux")
+def test_no_thread_of_a_group_outlives_the_command(here):
+    """One that did would sometimes abort the process at its end."""
+    code = f"""if True:
+        import glob, sys
+        sys.path.insert(0, {str(HOME)!r})
+        import choobaca as c
+        c.cli("train -c brief.toml -o run --steps 2 --pairs none".split(), standalone_mode=False)
+        names = [open(path).read() for path in glob.glob("/proc/self/task/*/comm")]
+        assert "optim" in str(sys.modules) and not [name for name in names if "gloo" in name]"""
+    own = dict(os.environ, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
+               MASTER_PORT="0")
+    subprocess.run([sys.executable, "-c", code], env=own, check=True, timeout=300)
+
 def test_two_processes_stop_and_go_on_as_one(here, monkeypatch):
     """One signal ends both after the same step; where one is killed, the other says so and ends."""
     in_two("whole", "--steps 300")
