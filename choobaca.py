@@ -758,7 +758,8 @@ def make_optimizer(model, settings):
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), fused=True)
+    betas = (0.9, settings.beta2)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, fused=True)
 
 def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype=torch.float32,
                scaler=None):
@@ -818,18 +819,14 @@ class Pair(NamedTuple):
     file: Path
     line: int
 
-    @property
-    def place(self):
-        return f"{self.file}, line {self.line}"
-
 def encode_pairs(vocabulary, pairs, positions):
     """Encode each distinct text of the pairs: its ids, and how many of them are given."""
     # Spaces at the end of what is given move to what is scored, and both are encoded as one string,
     # as lm-evaluation-harness does.
     places = {}
     for pair in pairs:
-        places.setdefault(pair.good, pair.place)
-        places.setdefault(pair.bad, pair.place)
+        for text in (pair.good, pair.bad):
+            places.setdefault(text, f"{pair.file}, line {pair.line}")
     given = [text[0].rstrip() for text in places]
     whole = [text[0] + text[1] for text in places]
     encode_batch = vocabulary.tokenizer.encode_batch_fast
@@ -984,26 +981,19 @@ def reading(path):
         raise click.ClickException(f"{path} is damaged: {reason}.")
 
 @contextlib.contextmanager
-def naming(path):
-    """Put the file's name on an OSError raised inside: a full disk's error has none."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-@contextlib.contextmanager
 def written_whole(path):
     """Open a binary file to write; `path` appears complete and on the disk, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")      # each writer has its own
+    partial = path.with_name(f".choobaca-{os.getpid()}-{path.name}")    # each writer has its own
     try:
-        with naming(path):
-            with open(partial, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        error.filename = str(path)                  # a full disk's error has none
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -1201,25 +1191,21 @@ def fingerprint(vocabulary):
     """Hash all that decides which ids a text becomes."""
     parts = json.loads(vocabulary.tokenizer.to_str())
     parts = [parts[key] for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")]
-    return digest(json.dumps(parts).encode(), str(vocabulary.prefix_id).encode())
+    parts = json.dumps(parts).encode()
+    return digest(parts, str(vocabulary.prefix_id).encode())
 
-HEADER = 512        # bytes before the ids: a line of JSON, padded with spaces
-
-def encode_once(path, vocabulary, lines, prefix, facts):
+def encode_once(path, vocabulary, lines, prefix):
     """Encode lines into the file at `path`, or read it if it was made of just these."""
-    dtype = np.dtype(np.uint16 if vocabulary.size <= 2**16 else np.uint32)
-
-    def header(ids):
-        known = facts | {"prefix": prefix, "dtype": str(dtype), "ids": digest(ids)}
-        return json.dumps(known).ljust(HEADER).encode()
-    # The header names text, tokenizer and the hash of the ids: what does not match is made again.
-    whole = path.read_bytes() if path.exists() else b""
-    if whole[:HEADER] != header(whole[HEADER:]):
+    dtype = np.uint16 if vocabulary.size <= 2**16 else np.uint32
+    source = "\n".join([fingerprint(vocabulary), prefix, *lines]).encode()
+    # The file begins with a hash of text, tokenizer and ids: what does not match is made again.
+    found = path.read_bytes() if path.exists() else b""
+    seal, ids = found[:64], found[64:]
+    if seal != digest(source, ids).encode():
         ids = encode(vocabulary, lines, prefix, dtype).tobytes()
-        whole = header(ids) + ids
         with written_whole(path) as file:
-            file.write(whole)
-    return np.frombuffer(whole, dtype, offset=HEADER)
+            file.write(digest(source, ids).encode() + ids)
+    return np.frombuffer(ids, dtype)
 
 def read_corpus(settings, cache):
     """Read the corpus; cache tokenizer and ids in a folder named by a hash of their source."""
@@ -1240,8 +1226,7 @@ def read_corpus(settings, cache):
     ids = []
     for name, lines in (("train", train), ("dev", dev)):
         path = folder / f"{name}-{settings.prefix}.ids"
-        facts = digests | {"text": digest("\n".join(lines).encode())}
-        ids.append(encode_once(path, vocabulary, lines, settings.prefix, facts))
+        ids.append(encode_once(path, vocabulary, lines, settings.prefix))
     words = sum(len(line.split()) for line in train)
     return Corpus(vocabulary, *ids, words, digests)
 
@@ -1328,7 +1313,8 @@ def count_parameters(model):
 def new_model(config, vocab_size, seed):
     """Make a model with Hugging Face's initial weights: N(0, 0.02), 0 in biases, 1 in norms."""
     model = empty_model(config, vocab_size).to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(seed)         # the same weights for every device
+    generator = torch.Generator()                           # the same weights for every device
+    generator.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # GPT-2 shrinks what returns into the residual stream, so that the sum keeps its size.
@@ -1374,6 +1360,8 @@ def to_hf_config(config, vocabulary):
 
 def from_hf_config(path):
     """Return shape and V of the model that a config.json describes. Error: one not built here."""
+    need(path.exists(), f"{path.parent} holds no finished model: expected config.json, "
+         "tokenizer.json and model.safetensors.")
     raw = read_json(path)
     kind = raw.get("model_type")
     need(kind in list(HF_KEYS), f"{path}: model_type is {kind!r}: expected {' or '.join(HF_KEYS)}.")
@@ -1447,8 +1435,6 @@ def save_model(folder, model, vocabulary):
 
 def load_model(folder, device):
     """Load the model, in fp32, and the vocabulary of a run or any Hugging Face LLaMA or GPT-2."""
-    need((folder / "config.json").exists(), f"{folder} holds no finished model: expected "
-         "config.json, tokenizer.json and model.safetensors.")
     config, V = from_hf_config(folder / "config.json")
     vocabulary = load_vocabulary(folder)
     need(vocabulary.size <= V, f"{folder}: tokenizer.json has {vocabulary.size:,} tokens, but "
@@ -1481,7 +1467,9 @@ def load_model(folder, device):
 
 def rank_and_size():
     """Return this process's rank and how many processes there are: torchrun starts several."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 @contextlib.contextmanager
 def rank_0_first():
@@ -1530,15 +1518,16 @@ def held_out_loss(model, ids, settings):
 
 @dataclass
 class Run:
-    """A model of this session: to be trained by its settings, or, without any, found trained."""
+    """A model of this session: trained by its settings, or given, then they are its shape alone."""
     name: str
     out: Path
-    settings: Settings | None = None
+    settings: Settings
     teachers: tuple["Run", ...] = ()
+    given: bool = False             # by --teacher: not ours to train
 
     @property
     def finished(self):
-        return self.settings is None or (self.out / "model.safetensors").exists()
+        return self.given or (self.out / "model.safetensors").exists()
 
 def describe_run(run, corpus, device):
     """Return what run.json says: all that it takes to know, and to repeat, what was done."""
@@ -1579,7 +1568,8 @@ def signals_kept():
         if len(received) > 1 and not dist.is_initialized():
             raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, keep) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, keep) for number in numbers}
     try:
         yield received
     finally:
@@ -1615,18 +1605,13 @@ def load_state(path, identity, parts):
                  f"{path} is damaged: its parts do not fit each other.")
         return int(state["step"]), float(state["seconds"]), int(state["logged"])
 
-# All there is of a run that was killed early; a partial file has its writer's process in the name.
-OWN = re.compile(r"log\.jsonl|(run\.json|state\.pt|config\.json|model\.safetensors|tokenizer\.json"
-                 r"|tokenizer_config\.json|special_tokens_map\.json|\w+-[0-9a-f]{8}\.jsonl)"
-                 r"\.\d+\.partial")
-
 @contextlib.contextmanager
 def locked_log(folder):
     """Open a run's log, and keep other processes from training there; a crash ends the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     rank = rank_and_size()[0]
     path = Path(os.devnull) if rank else folder / "log.jsonl"       # rank 0 writes
-    with naming(path), open(path, "a") as log:
+    with open(path, "a") as log:
         try:
             if fcntl and not rank:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1644,7 +1629,8 @@ def fit(run, corpus, device, log, resume=False):
     steps, per_epoch = count_steps(len(corpus.train), settings)
     tokens = settings.batch_size * settings.context
     # the model, its optimizer, and the teachers that it listens to
-    model = new_model(settings, corpus.vocabulary.size, settings.seed).to(device).train()
+    V = corpus.vocabulary.size
+    model = new_model(settings, V, settings.seed).to(device).train()
     optimizer = make_optimizer(model, settings)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
@@ -1667,9 +1653,8 @@ def fit(run, corpus, device, log, resume=False):
         need(0 < first < steps, f"{state} is damaged: it is of step {first} of {steps}.")
     if rank == 0:
         log.truncate(min(logged, log.tell()))
-        for path in run.out.glob("*.partial"):      # of a process that was killed
-            if OWN.fullmatch(path.name):
-                path.unlink()
+        for path in run.out.glob(".choobaca-*"):    # of a process that was killed
+            path.unlink()
     if rank == 0 and not first:
         state.unlink(missing_ok=True)
         (run.out / "model.safetensors").unlink(missing_ok=True)
@@ -1750,7 +1735,8 @@ def write_on(model, ids, ends, length, generator, temperature=1.0):
             ids = torch.multinomial(p, 1, generator=generator)
         # rows that ended leave the batch, and the cache
         keep = ~torch.isin(ids[:, 0], torch.tensor(ends, device=ids.device))
-        ids, going = ids[keep], going[keep]
+        going = going[keep]
+        ids = ids[keep]
         if not len(ids):
             break
         cache = [[past[keep] for past in layer] for layer in cache]
@@ -1801,8 +1787,7 @@ def read_pairs(folder, sample=0):
     need(paths, f"{folder} holds no *.jsonl: expected minimal pairs (see data/download.py).")
     pairs = [read_pair(line, path, number) for path in paths
              for number, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()]
-    need(len({bool(pair.good[0]) for pair in pairs}) == 1, f"{folder} holds no pairs, or pairs of "
-         "both kinds: expected sentences, or targets after contexts.")
+    need(pairs, f"{folder} holds only empty *.jsonl: expected minimal pairs.")
     share = min(1.0, sample / len(pairs)) if sample else 1.0
     kept = []
     draw = np.random.default_rng(0)
@@ -1812,27 +1797,27 @@ def read_pairs(folder, sample=0):
     return kept
 
 def points(scores):
-    """Score 1 for a pair whose good text is as likely or likelier, else (or for NaN and inf) 0."""
-    return (scores[:, 0] >= scores[:, 1]) * np.isfinite(scores).all(1)
+    """Score 1 for a pair whose good text is as likely or likelier, else 0."""
+    return (scores[:, 0] >= scores[:, 1]).astype(int)
 
 def mean_row(rows):
     """Average accuracies without weights; standard errors add up as their squares."""
     row = {"accuracy": np.mean([row["accuracy"] for row in rows]),
            "stderr": math.hypot(*(row["stderr"] for row in rows)) / len(rows)}
-    return row | {key: sum(row[key] for row in rows) for key in ("n", "ties", "not_finite")}
+    return row | {key: sum(row[key] for row in rows) for key in ("n", "ties")}
 
 def summarise(pairs, scores):
     """Return accuracy overall, by phenomenon and by paradigm, with standard error, n and ties.
     Means are over paradigms, without weights, as in BabyLM and lm-evaluation-harness."""
     paradigms = {}
-    for uid, members in group_by(range(len(pairs)), lambda i: pairs[i].paradigm).items():
+    groups = group_by(range(len(pairs)), lambda i: pairs[i].paradigm)
+    for uid, members in groups.items():
         own = scores[members]
         right, n = points(own), len(members)
         paradigms[uid] = {"phenomenon": pairs[members[0]].phenomenon,
                           "accuracy": right.mean(), "n": n,
                           "stderr": right.std() / math.sqrt(max(1, n - 1)),
-                          "ties": int(np.sum(own[:, 0] == own[:, 1])),
-                          "not_finite": int(np.sum(~np.isfinite(own).all(1)))}
+                          "ties": int(np.sum(own[:, 0] == own[:, 1]))}
     terms = sorted(group_by(paradigms.values(), lambda row: row["phenomenon"]).items())
     return {**mean_row(list(paradigms.values())), "paradigms": paradigms,
             "phenomena": {term: mean_row(rows) for term, rows in terms}}
@@ -1851,17 +1836,12 @@ def keep_scores(folder, suite, pairs, scores):
 def evaluate(model, vocabulary, pairs, folder, suite, name):
     """Score pairs, keep the scores in the model's folder, and return the summary."""
     scores = score_pairs(model, vocabulary, pairs, name)
-    result = summarise(pairs, scores)
-    n, ties, lost = result["n"], result["ties"], result["not_finite"]
-    need(lost < n, f"{folder}: its scores are not finite: was the learning rate too high?")
-    if lost or ties > 0.01 * n:
-        click.echo(f"Warning: {ties:,} of {n:,} pairs are ties, and {lost:,} scores are not "
-                   "finite: has this model been trained?", err=True)
+    need(np.isfinite(scores).all(), f"{folder}: its scores are not finite: was --lr too high?")
     try:
         keep_scores(folder, suite, pairs, scores)
     except OSError as error:
         click.echo(f"The scores of single pairs are not kept: {error}.", err=True)
-    return result
+    return summarise(pairs, scores)
 
 def pairs_table(results, paradigms):
     """Lay out the summaries of models on the same pairs, side by side, in percent."""
@@ -1884,11 +1864,6 @@ def pairs_table(results, paradigms):
     ties = "".join(f"{column['ties']:>16,}" for column in columns)
     return "\n".join([*lines, f"{'ties, given to the good sentence':<{width + 8}}{ties}"])
 
-class Scores(NamedTuple):
-    """What a model made of pairs."""
-    names: list[tuple[str, str, int]]       # phenomenon, paradigm and line of each pair
-    right: np.ndarray                       # (pairs,), 1 or 0
-
 def common_scores(folders, suite):
     """Return the name of the longest file of a suite's scores that is in all folders."""
     names = [{path.name for path in folder.glob(f"{suite}-*.jsonl")} for folder in folders]
@@ -1898,14 +1873,16 @@ def common_scores(folders, suite):
     return max(common, key=lambda name: (folders[0] / name).stat().st_size)
 
 def read_scores(path):
-    """Read what keep_scores wrote. Error: damaged, or of other weights than those beside it."""
+    """Read what keep_scores wrote: phenomenon, paradigm and line of each pair, and 1 or 0."""
     with reading(path):
         facts, *lines = map(json.loads, path.read_bytes().splitlines())
-        names = [(str(line["phenomenon"]), str(line["paradigm"]), line["line"]) for line in lines]
-        scores = np.array([[float(line["good"]), float(line["bad"])] for line in lines])
+        names, scores = [], []
+        for line in lines:
+            names.append((str(line["phenomenon"]), str(line["paradigm"]), line["line"]))
+            scores.append([float(line["good"]), float(line["bad"])])
         need(len(names) == facts["pairs"] > 0 and facts["weights"] == weights_digests(path.parent),
              f"{path} is cut off, or of other weights than those beside it: run eval-blimp again.")
-    return Scores(names, points(scores))
+    return names, points(np.array(scores))
 
 def mcnemar(gained, lost):
     """Return the exact two-sided p of McNemar's test (1947)."""
@@ -1927,18 +1904,20 @@ def confidence_interval(differences):
     # whose spread contains that of the pairs. Of a single paradigm, only the pairs vary.
     means = np.array([difference.mean() for difference in differences])
     sample = means if len(means) > 1 else differences[0]
-    error = sample.std(ddof=1) / math.sqrt(len(sample)) if len(sample) > 1 else 1.0
-    reach = error * student_t(max(1, len(sample) - 1))
-    return np.clip([means.mean() - reach, means.mean() + reach], -1, 1).tolist()
+    n = len(sample)
+    error = sample.std(ddof=1) / math.sqrt(n) if n > 1 else 1.0
+    reach = error * student_t(max(1, n - 1))
+    ends = np.array([-reach, reach]) + means.mean()
+    return ends.clip(-1, 1).tolist()
 
-def compare_scores(first, other):
+def compare_scores(names, first, other):
     """Return how the second model differs from the first, by phenomenon and over all pairs."""
-    everything = range(len(first.names))
-    terms = sorted(group_by(everything, lambda i: first.names[i][0]).items())
+    everything = range(len(names))
+    terms = sorted(group_by(everything, lambda i: names[i][0]).items())
     rows = []
     for term, chosen in [*terms, ("all", everything)]:
-        groups = list(group_by(chosen, lambda i: first.names[i][:2]).values())
-        gaps = [other.right[group].astype(float) - first.right[group] for group in groups]
+        groups = list(group_by(chosen, lambda i: names[i][:2]).values())
+        gaps = [other[group].astype(float) - first[group] for group in groups]
         low, high = confidence_interval(gaps)
         gap = np.concatenate(gaps)
         gained = int(np.sum(gap > 0))
@@ -1950,11 +1929,11 @@ def compare_scores(first, other):
             verdict = "better" if low > 0 else "worse"
         if len(groups) == 1:
             verdict += " on these pairs"
-        means = [np.mean([each.right[group].mean() for group in groups])
-                 for each in (first, other)]
-        rows.append({"phenomenon": term, "paradigms": len(groups), "n": len(gap), "first": means[0],
-                     "other": means[1], "difference": means[1] - means[0], "low": low,
-                     "high": high, "p": p, "verdict": verdict})
+        before = np.mean([first[group].mean() for group in groups])
+        after = np.mean([other[group].mean() for group in groups])
+        rows.append({"phenomenon": term, "paradigms": len(groups), "n": len(gap),
+                     "first": before, "other": after, "difference": after - before,
+                     "low": low, "high": high, "p": p, "verdict": verdict})
     return rows
 
 # -----------------------------------------------------------------------------
@@ -2043,7 +2022,8 @@ def plan_runs(out, folders, settings, described, corpus, device):
     """Return a command's runs: the teachers, in these folders or as described, and the student."""
     # A described teacher's folder is named by a hash: it serves all students.
     beside = Path(os.path.relpath(out.resolve().parent))
-    runs = [Run("", folder) for folder in folders]
+    shapes = [from_hf_config(folder / "config.json")[0] for folder in folders]
+    runs = [Run("", folder, shape, given=True) for folder, shape in zip(folders, shapes)]
     for own in described:
         facts = [[getattr(own, name) for name in RECIPE], corpus.digests]
         name = f"teacher-{own.model_type}-{digest(json.dumps(facts).encode())[:8]}"
@@ -2052,7 +2032,7 @@ def plan_runs(out, folders, settings, described, corpus, device):
         run.name = f"teacher {i}" if len(runs) > 1 else "teacher"
         if run.finished:
             check_teacher(run, corpus)
-        if run.finished and run.settings:
+        if run.finished and not run.given:
             need_same(run, describe_run(run, corpus, device), RECIPE)
     runs.append(Run("student" if runs else "model", out, settings, tuple(runs)))
     need(len({run.out.resolve() for run in runs}) == len(runs), "two models would be in one "
@@ -2060,12 +2040,11 @@ def plan_runs(out, folders, settings, described, corpus, device):
     # Does each take the student's rows, and do the processes share them evenly?
     size = rank_and_size()[1]
     for run in runs:
-        shape = run.settings or from_hf_config(run.out / "config.json")[0]
-        need(settings.context <= shape.positions, f"{run.name}: --context {settings.context} is "
-             f"longer than what it takes, {shape.positions}.")
-        rows = run.settings.batch_size if run.settings else size
-        need(rows % size == 0, f"{run.name}: {size} processes cannot share --batch-size {rows} "
-             "evenly: take another number of either.")
+        need(settings.context <= run.settings.positions, f"{run.name}: --context "
+             f"{settings.context} is longer than what it takes, {run.settings.positions}.")
+        rows = run.settings.batch_size
+        need(run.given or rows % size == 0, f"{run.name}: {size} processes cannot share "
+             f"--batch-size {rows} evenly: take another number of either.")
     return runs
 
 def describe_loss(settings):
@@ -2193,7 +2172,8 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
     name = f"{config.stem}-{settings.objective}-{settings.teachers}-seed{settings.seed}"
     out = (out or Path("runs", name)).expanduser()
     names = {path.name for path in out.glob("*")}
-    need({"run.json", "log.jsonl"} <= names or all(map(OWN.fullmatch, names)),
+    filled = [path for path in out.glob("[!.]*") if path.is_dir() or path.stat().st_size]
+    need({"run.json", "log.jsonl"} <= names or not filled,
          f"{out} already holds files that are no run: choose another --out.")
     need(overwrite or resume or dry_run or "model.safetensors" not in names,
          f"{out} already holds a run: choose another --out, or add --overwrite to replace it.")
@@ -2207,9 +2187,8 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
     todo = [run for run in runs if not run.finished or overwrite and run is runs[-1]]
     plan = [f"text      {settings.text}: {corpus.words:,} words, {len(corpus.train):,} tokens, "
             f"{len(corpus.dev):,} held out, vocabulary {corpus.vocabulary.size:,}"]
+    encode_pairs(corpus.vocabulary, pairs, min(run.settings.positions for run in runs))
     for run in runs:
-        shape = run.settings or from_hf_config(run.out / "config.json")[0]
-        encode_pairs(corpus.vocabulary, pairs, shape.positions)
         interrupted = run in todo and (run.out / "state.pt").exists()
         need(resume or overwrite or dry_run or not interrupted, f"{run.out} holds an interrupted "
              "run: add --resume to go on with it, or --overwrite to begin again.")
@@ -2246,14 +2225,11 @@ def eval_blimp_command(folder, data, suite, sample, device, as_json):
         need(finished, "no finished run in runs/: name a model with --model, or run train first.")
         folder = finished[-1].parent
 
-    several = suite == "all"
-    folders = {}
-    for name in SUITES if several else [suite]:
-        path = data / name if data and several else data or default_pairs(name)
-        if several and not any(path.glob("*.jsonl")):
-            click.echo(f"{path} holds no *.jsonl: {name} is left out.", err=True)
-        else:
-            folders[name] = path
+    folders = {suite: data or default_pairs(suite)}
+    if suite == "all":
+        folders = {name: data / name if data else default_pairs(name) for name in SUITES}
+        for name in [name for name in SUITES if not any(folders[name].glob("*.jsonl"))]:
+            click.echo(f"{folders.pop(name)} holds no *.jsonl: {name} is left out.", err=True)
     need(folders, f"{data} holds none of {', '.join(SUITES)}: expected folders of minimal pairs.")
     pairs = {name: read_pairs(path, sample) for name, path in folders.items()}
 
@@ -2263,7 +2239,7 @@ def eval_blimp_command(folder, data, suite, sample, device, as_json):
         shown = str(path).removeprefix(f"{HOME}/")
         result = evaluate(model, vocabulary, pairs[name], folder, name, f"scoring {name}")
         results[name] = {"model": str(folder), "data": shown, **result}
-        table = pairs_table({"accuracy": result}, paradigms=not several)
+        table = pairs_table({"accuracy": result}, paradigms=suite != "all")
         tables.append(f"{folder} on {shown}\n\n{table}")
     results["all"] = {"model": str(folder), "suites": dict(results)}
     text = json.dumps(results[suite], indent=2) if as_json else "\n\n".join(tables)
@@ -2278,13 +2254,13 @@ def compare_command(first, others, suite, as_json):
     """Say whether other models are better than the first on the pairs that eval-blimp scored.
     Example: python choobaca.py compare runs/tiny-ce-0-seed0 runs/tiny-rkl-1-seed0"""
     name = common_scores([first, *others], suite)
-    base = read_scores(first / name)
+    names, base = read_scores(first / name)
     found, tables = [], []
     for folder in others:
-        scores = read_scores(folder / name)
-        need(scores.names == base.names, f"{folder / name} and {first / name} name other pairs: "
+        found_names, right = read_scores(folder / name)
+        need(found_names == names, f"{folder / name} and {first / name} name other pairs: "
              "one of them is damaged: score the models again with eval-blimp.")
-        rows = compare_scores(base, scores)
+        rows = compare_scores(names, base, right)
         found.append({"first": str(first), "other": str(folder), "scores": name, "rows": rows})
         lines = [f"{folder} against {first}\n\n{'accuracy':<27} {'n':>6}  first  other  "
                  "difference, 95 % interval    McNemar's p  verdict"]

@@ -246,8 +246,8 @@ def accuracies(paths: list[Path]) -> dict[str, list[tuple[float, float]]]:
 
     All are in percent. As in eval-blimp, paradigms count alike, whatever their number of pairs."""
     scores = [c.read_scores(path) for path in paths]
-    names = scores[0].names
-    c.need(all(each.names == names for each in scores), f"{', '.join(map(str, paths))} are of "
+    names = scores[0][0]
+    c.need(all(each == names for each, _ in scores), f"{', '.join(map(str, paths))} are of "
            "different pairs, so one is damaged: score the models again with eval-blimp.")
 
     def mean_and_error(right: np.ndarray, groups: list[list[int]]) -> tuple[float, float]:
@@ -262,7 +262,7 @@ def accuracies(paths: list[Path]) -> dict[str, list[tuple[float, float]]]:
     rows = {f"mean of {len(paradigms)} paradigms": list(paradigms.values())}
     for (phenomenon, _), pairs in sorted(paradigms.items()):
         rows.setdefault(phenomenon.replace("_", " "), []).append(pairs)
-    return {label: [mean_and_error(each.right, groups) for each in scores]
+    return {label: [mean_and_error(right, groups) for _, right in scores]
             for label, groups in rows.items()}
 
 
