@@ -154,21 +154,28 @@ class Vocabulary(NamedTuple):
 
     @property
     def size(self):
-        """V, one more than the last id."""
-        return max(self.tokenizer.get_vocab().values()) + 1
+        """V, one more than the last id that a text can have: a special token is no text."""
+        ids = [*self.tokenizer.get_vocab(with_added_tokens=False).values(), self.prefix_id]
+        added = self.tokenizer.get_added_tokens_decoder()
+        return max(ids + [i for i, token in added.items() if not token.special]) + 1
 
 def train_tokenizer(lines, vocab_size):
     """Learn a byte-level BPE, as BabyLlama's: merge the commonest neighbours until there are V."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFKC()                   # one spelling for each character
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, min_frequency=2,                 # a pair that occurs once stays two
         special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))           # <- differs (2)
-    tokenizer.train_from_iterator(tqdm(lines, "vocabulary", leave=False, unit=" lines"), trainer)
+    # a word of a million letters would take for ever: its first thousand will do
+    lines = tqdm(lines, "vocabulary", leave=False, unit=" lines")
+    short = (re.sub(r"(\S{1000})\S+", r"\1", line) for line in lines)
+    tokenizer.train_from_iterator(short, trainer)
+    # for other tools: where they ask for special tokens, they get <s> in front
+    prefix = [("<s>", tokenizer.token_to_id("<s>"))]
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", prefix)
     return tokenizer
 
 def encode(vocabulary, lines, prefix, dtype):
@@ -274,10 +281,6 @@ def extend_cache(past, k, v):
         past[:] = [k, v]
     return k, v
 
-def cache_length(cache):
-    """Return the number of positions in a cache."""
-    return cache[0][0].shape[2] if cache and cache[0] else 0
-
 class LlamaAttention(nn.Module):
     """Let each position look at itself and at those before it: (B, T, C) -> (B, T, C)."""
 
@@ -347,7 +350,7 @@ class Llama(nn.Module):
     def hidden(self, ids, cache=None, tree=None):
         """(B, T) -> (B, T, C). `cache` (one list per layer) continues an earlier call; `tree`
         replaces the left-to-right positions and the causal mask."""
-        start = cache_length(cache)
+        start = cache[0][0].shape[2] if cache and cache[0] else 0       # positions in the cache
         D = self.config.width // self.config.heads
         cos, sin = rotary_angles(start + ids.shape[1], D, self.config.rope_theta, ids.device)
         positions = tree.depth[:, None] if tree else slice(start, None)     # (B, 1, T) or (T,)
@@ -721,9 +724,9 @@ class Coach:
     The mean of K products is one product of hidden states and heads side by side:
     [h1 h2] @ [head1 head2].T / 2 = (h1 @ head1.T + h2 @ head2.T) / 2."""
 
-    def __init__(self, teachers, dtype=None):
-        with torch.no_grad():
-            heads = torch.cat([teacher.head for teacher in teachers], dim=1)            # (V, C')
+    def __init__(self, teachers, dtype=None, V=None):
+        with torch.no_grad():       # the first V rows: some vocabularies are padded behind them
+            heads = torch.cat([teacher.head[:V] for teacher in teachers], dim=1)        # (V, C')
             self.head = heads / len(teachers)
         self.teachers = [teacher.to(dtype) for teacher in teachers]     # they are only read
 
@@ -1172,17 +1175,27 @@ def load_vocabulary(path):
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True          # a "<s>" in a text is three characters
-    # the prefix token: the bos_token that a file beside it names, else its eos_token, else <s>
+    # the prefix token, as transformers 5 would choose: a file's bos_token or eos_token, or an id
     roles = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
         beside = path.with_name(name)
         if beside.exists():
             files[name] = beside.read_bytes()
-            roles |= {role: token for role, token in read_json(beside).items() if token}
-    for token in (roles.get("bos_token"), roles.get("eos_token"), "<s>"):
+            roles = roles if "added_tokens_decoder" in roles else roles | read_json(beside)
+    if str(roles.get("tokenizer_class")).startswith("LlamaTokenizer"):
+        click.echo(f"{path}: transformers 5 rebuilds a LlamaTokenizer, and may split texts in "
+                   "another way than this file says, which is the way here.", err=True)
+    config = path.with_name("config.json")
+    facts = read_json(config) if config.exists() else {}
+    with reading(config):
+        limit = float(facts.get("vocab_size", "inf"))
+    special = [i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]
+    named = [tokenizer.id_to_token(i) for key in ("bos_token_id", "eos_token_id")
+             for i in special if i == facts.get(key)]
+    for token in (roles.get("bos_token"), roles.get("eos_token"), *named, "<|endoftext|>", "<s>"):
         token = token.get("content") if isinstance(token, dict) else token
         prefix_id = tokenizer.token_to_id(token) if isinstance(token, str) else None
-        if prefix_id is not None:
+        if prefix_id is not None and prefix_id < limit:
             return Vocabulary(tokenizer, prefix_id, files)
     raise click.ClickException(f"{path}: no token begins a text: expected a bos_token or eos_token "
                                "in the tokenizer_config.json beside it.")
@@ -1291,7 +1304,7 @@ class GPT2(nn.Module):
 
     def hidden(self, ids, cache=None, tree=None):
         """(B, T) -> (B, T, C). Cache and tree are as Llama's."""
-        start = cache_length(cache)
+        start = cache[0][0].shape[2] if cache and cache[0] else 0       # positions in the cache
         positions = torch.arange(start, start + ids.shape[1], device=ids.device)
         x = self.wte(ids) + self.wpe(tree.depth if tree else positions)
         x = F.dropout(x, self.config.dropout, self.training)
@@ -1351,12 +1364,16 @@ def to_hf_config(config, vocabulary):
     sizes = {key: getattr(config, name) for name, (key, _) in HF_KEYS[kind].items()}
     if kind == "gpt2":
         sizes |= {"attn_pdrop": config.dropout, "embd_pdrop": config.dropout}
-    end = vocabulary.tokenizer.token_to_id("</s>")
-    return {"architectures": ["LlamaForCausalLM" if kind == "llama" else "GPT2LMHeadModel"],
+    # A text ends where the next one begins, and so does what transformers generates.
+    tokenizer = vocabulary.tokenizer
+    newline = tokenizer.encode("\n", add_special_tokens=False).ids[-1:]
+    end = vocabulary.prefix_id if config.prefix == "line" else newline[0]
+    pad = tokenizer.token_to_id("<pad>")
+    name = "LlamaForCausalLM" if kind == "llama" else "GPT2LMHeadModel"
+    return {"architectures": [name],
             "model_type": kind, "vocab_size": vocabulary.size, **sizes, **HF_FIXED[kind],
-            "bos_token_id": vocabulary.prefix_id,
-            "eos_token_id": vocabulary.prefix_id if end is None else end,
-            "dtype": "float32"}
+            "bos_token_id": vocabulary.prefix_id, "eos_token_id": end,
+            "pad_token_id": end if pad is None else pad, "dtype": "float32"}
 
 def from_hf_config(path):
     """Return shape and V of the model that a config.json describes. Error: one not built here."""
@@ -1365,14 +1382,16 @@ def from_hf_config(path):
     raw = read_json(path)
     kind = raw.get("model_type")
     need(kind in list(HF_KEYS), f"{path}: model_type is {kind!r}: expected {' or '.join(HF_KEYS)}.")
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    need(isinstance(rope, dict) and rope.get("rope_type", rope.get("type", "default")) == "default",
+    rope = {}
+    with reading(path):
+        for key in ("rope_parameters", "rope_scaling"):
+            rope |= raw.get(key) or {}
+    need({rope.get("rope_type", "default"), rope.get("type", "default")} == {"default"},
          f"{path}: rotary positions are scaled, by {rope}: expected plain ones.")
-    raw = rope | {key: value for key, value in raw.items() if value is not None}
+    raw = {key: value for key, value in (raw | rope).items() if value is not None}
     for key, value in HF_FIXED[kind].items():
         found = raw.get(key, value)
         need(found == value, f"{path}: {key} is {found!r}: expected {value!r}.")
-    # our settings by their keys
     if kind == "gpt2" and type(raw.get("n_embd")) is int:
         raw = {"n_inner": 4 * raw["n_embd"]} | raw
     values = {"model_type": kind, "context": 1}
@@ -1415,16 +1434,21 @@ def read_safetensors(path):
             begin, end = entry["data_offsets"]
             need(last <= begin <= end <= len(content) - start,
                  f"{path} is damaged: {name!r} overlaps another tensor or the end of the file.")
+            last = end
+            if re.search(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$", name):
+                continue                            # older versions saved masks and angles
             need(entry["dtype"] in DTYPES,
                  f"{path}: {name!r} has dtype {entry['dtype']!r}: expected {', '.join(DTYPES)}.")
             raw = torch.from_numpy(np.array(content[start + begin:start + end]))
             tensors[name] = raw.view(DTYPES[entry["dtype"]]).view(entry["shape"])
-            last = end
     return tensors
 
 def save_model(folder, model, vocabulary):
     """Write the model's folder, the weights last: a folder that has them is finished."""
-    write_json(folder / "config.json", to_hf_config(model.config, vocabulary))
+    facts = to_hf_config(model.config, vocabulary)
+    write_json(folder / "config.json", facts)
+    ids = {key: value for key, value in facts.items() if key.endswith("token_id")}
+    write_json(folder / "generation_config.json", ids)
     for name, content in vocabulary.files.items():
         with written_whole(folder / name) as file:
             file.write(content)
@@ -1449,10 +1473,8 @@ def load_model(folder, device):
     found = {}
     for shard in sorted(shards):
         for name, tensor in read_safetensors(folder / shard).items():
-            if not re.search(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$", name):    # old masks
-                found[name.removeprefix(model.prefix)] = tensor.float()
-    if config.tied:
-        found.pop("lm_head.weight", None)           # some files hold it twice
+            found[name.removeprefix(model.prefix)] = tensor.float()
+    head = found.pop("lm_head.weight", None) if config.tied else None   # some hold it twice
     # put them in place of the empty ones, which compares names and shapes
     try:
         model.load_state_dict(found, assign=True)
@@ -1460,6 +1482,8 @@ def load_model(folder, device):
         reason = " ".join(str(error).split())[:300]
         raise click.ClickException(f"{folder}: weights and config.json are not of one model: "
                                    f"{reason}")
+    need(head is None or head.equal(model.head), f"{folder}: config.json ties head and embedding, "
+         "but the weights hold two different ones.")
     return model.to(device).eval(), vocabulary
 
 # -----------------------------------------------------------------------------
@@ -1611,13 +1635,16 @@ def locked_log(folder):
     folder.mkdir(parents=True, exist_ok=True)
     rank = rank_and_size()[0]
     path = Path(os.devnull) if rank else folder / "log.jsonl"       # rank 0 writes
-    with open(path, "a") as log:
-        try:
+    try:
+        with open(path, "a") as log:
             if fcntl and not rank:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise click.ClickException(f"{folder}: another process is training this run: wait.")
-        yield log
+            yield log
+    except BlockingIOError:
+        raise click.ClickException(f"{folder}: another process is training this run: wait.")
+    except OSError as error:
+        error.filename = error.filename or str(path)        # a full disk's error has none
+        raise
 
 def fit(run, corpus, device, log, resume=False):
     """Train a run: its folder gets a log line per step and, at the end, the weights.
@@ -1635,7 +1662,8 @@ def fit(run, corpus, device, log, resume=False):
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     teachers = [load_model(teacher.out, device)[0] for teacher in run.teachers]
-    coach = Coach(teachers, PRECISIONS.get(settings.teacher_precision, dtype)) if teachers else None
+    teacher_dtype = PRECISIONS.get(settings.teacher_precision, dtype)
+    coach = Coach(teachers, teacher_dtype, V) if teachers else None
     if settings.compile and device == "cuda":       # a small model's step is mostly kernel launches
         for each in [model, *teachers]:
             each.compile()
@@ -1784,10 +1812,9 @@ def read_pair(line, path, number):
 def read_pairs(folder, sample=0):
     """Read the pairs in a folder's *.jsonl, or about `sample`, the same share of each paradigm."""
     paths = sorted(path for path in folder.glob("[!.]*.jsonl") if path.is_file())
-    need(paths, f"{folder} holds no *.jsonl: expected minimal pairs (see data/download.py).")
     pairs = [read_pair(line, path, number) for path in paths
              for number, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()]
-    need(pairs, f"{folder} holds only empty *.jsonl: expected minimal pairs.")
+    need(pairs, f"{folder} holds no *.jsonl of minimal pairs (see data/download.py).")
     share = min(1.0, sample / len(pairs)) if sample else 1.0
     kept = []
     draw = np.random.default_rng(0)
@@ -1798,17 +1825,16 @@ def read_pairs(folder, sample=0):
 
 def points(scores):
     """Score 1 for a pair whose good text is as likely or likelier, else 0."""
-    return (scores[:, 0] >= scores[:, 1]).astype(int)
+    return scores[:, 0] >= scores[:, 1]
 
 def mean_row(rows):
-    """Average accuracies without weights; standard errors add up as their squares."""
+    """Average accuracies without weights, as BabyLM does; errors add up as their squares."""
     row = {"accuracy": np.mean([row["accuracy"] for row in rows]),
            "stderr": math.hypot(*(row["stderr"] for row in rows)) / len(rows)}
     return row | {key: sum(row[key] for row in rows) for key in ("n", "ties")}
 
 def summarise(pairs, scores):
-    """Return accuracy overall, by phenomenon and by paradigm, with standard error, n and ties.
-    Means are over paradigms, without weights, as in BabyLM and lm-evaluation-harness."""
+    """Return accuracy overall, by phenomenon and by paradigm, with standard error, n and ties."""
     paradigms = {}
     groups = group_by(range(len(pairs)), lambda i: pairs[i].paradigm)
     for uid, members in groups.items():
@@ -1892,12 +1918,6 @@ def mcnemar(gained, lost):
     tail = coin.log_prob(splits).logsumexp(0)
     return min(1.0, 2 * tail.exp().item())
 
-@functools.lru_cache
-def student_t(df):
-    """Return the 97.5 % quantile of Student's t, from a million draws (we have no SciPy)."""
-    draws = np.random.default_rng(0).standard_t(df, 10**6)
-    return np.quantile(np.abs(draws), 0.95)
-
 def confidence_interval(differences):
     """Return a 95 % interval for the mean over paradigms of the mean difference within each."""
     # Pairs of a paradigm are alike, so paradigms are what is drawn: Student's t over their means,
@@ -1905,8 +1925,12 @@ def confidence_interval(differences):
     means = np.array([difference.mean() for difference in differences])
     sample = means if len(means) > 1 else differences[0]
     n = len(sample)
-    error = sample.std(ddof=1) / math.sqrt(n) if n > 1 else 1.0
-    reach = error * student_t(max(1, n - 1))
+    error = 1.0
+    if n > 1:
+        error = sample.std(ddof=1) / math.sqrt(n)
+    # the 97.5 % quantile of Student's t, from a million draws: we have no SciPy
+    draws = np.random.default_rng(0).standard_t(max(1, n - 1), 10**6)
+    reach = error * np.quantile(np.abs(draws), 0.95)
     ends = np.array([-reach, reach]) + means.mean()
     return ends.clip(-1, 1).tolist()
 
@@ -2008,16 +2032,6 @@ def read_settings(config, flags, teachers):
     tables = [] if teachers else tables[:settings.teachers]
     return settings, [replace(settings, teachers=0, **plain, **table) for table in tables]
 
-def check_teacher(run, corpus):
-    """Refuse a trained teacher with another vocabulary, or with ruined weights."""
-    teacher, vocabulary = load_model(run.out, "cpu")
-    V = len(teacher.head)
-    same = fingerprint(vocabulary) == fingerprint(corpus.vocabulary)
-    need(same and V == corpus.vocabulary.size, f"{run.out} has another vocabulary ({V:,} tokens) "
-         f"than the student ({corpus.vocabulary.size:,}): both must share one tokenizer.")
-    need(all(weight.isfinite().all() for weight in teacher.parameters()),
-         f"{run.out}: its weights are not finite: train it again, perhaps with a lower --lr.")
-
 def plan_runs(out, folders, settings, described, corpus, device):
     """Return a command's runs: the teachers, in these folders or as described, and the student."""
     # A described teacher's folder is named by a hash: it serves all students.
@@ -2030,10 +2044,19 @@ def plan_runs(out, folders, settings, described, corpus, device):
         runs.append(Run("", beside / name, own))
     for i, run in enumerate(runs, 1):
         run.name = f"teacher {i}" if len(runs) > 1 else "teacher"
-        if run.finished:
-            check_teacher(run, corpus)
-        if run.finished and not run.given:
+        if not run.finished:
+            continue
+        # a trained teacher must have the student's tokenizer, and sound weights
+        if not run.given:
             need_same(run, describe_run(run, corpus, device), RECIPE)
+        teacher, vocabulary = load_model(run.out, "cpu")
+        V = corpus.vocabulary.size
+        need(fingerprint(vocabulary) == fingerprint(corpus.vocabulary), f"{run.out} has another "
+             f"vocabulary than the student ({V:,} tokens): both must share one tokenizer.")
+        need(all(weight.isfinite().all() for weight in teacher.parameters()),
+             f"{run.out}: its weights are not finite: train it again, perhaps with a lower --lr.")
+        if len(teacher.head) > V:
+            click.echo(f"{run.out}: logits behind the {V:,} tokens are left out.", err=True)
     runs.append(Run("student" if runs else "model", out, settings, tuple(runs)))
     need(len({run.out.resolve() for run in runs}) == len(runs), "two models would be in one "
          "folder: expected teachers of different settings, and --out to be neither.")
