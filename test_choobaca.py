@@ -44,16 +44,17 @@ import download as load
 import figures
 import make_tiny
 import numpy as np
-import pytest
 import tokenizers
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
+from pytest import approx, fixture, importorskip, mark, raises
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HOME = Path(__file__).resolve().parent
 TINY = HOME / "data/tiny"
-SMALL = dict(width=32, layers=2, heads=2, inner=48, positions=32, context=16, batch_size=8)
+SMALL = dict(width=32, layers=2, heads=2, inner=48, positions=32, context=16, batch_size=8,
+             objective="rkl", teachers=1)
 
 def settings(**changes):
     return c.Settings(**{**SMALL, **changes})
@@ -81,10 +82,11 @@ def invoke(command, code=0):
     return result
 
 def error(command, code=1):
-    """What a command says that ends with an error."""
-    said = invoke(command, code).stderr
-    assert said.count("Error: ") == 1, said
-    return said
+    """What a command says that ends with an error: one sentence, and it prints nothing."""
+    result = invoke(command, code)
+    assert result.stdout == "" and result.stderr.count("Error: ") == 1
+    assert result.stderr.split("Error: ")[1].count("\n") == 1, result.stderr
+    return result.stderr
 
 def brief_config(folder, extra="", teachers=""):
     """A TOML file of a run of seconds, with two teachers."""
@@ -118,22 +120,22 @@ def brief_config(folder, extra="", teachers=""):
         """)
     return path
 
-@pytest.fixture(scope="module")
+@fixture(scope="module")
 def corpus(tmp_path_factory):
     return c.read_corpus(settings(vocab_size=400), tmp_path_factory.mktemp("cache"))
 
-@pytest.fixture(scope="module")
+@fixture(scope="module")
 def vocabulary(corpus):
     return corpus.vocabulary
 
-@pytest.fixture
+@fixture
 def saved(tmp_path, monkeypatch, vocabulary):
     """A model's folder, in the test's, which is made the current one."""
     monkeypatch.chdir(tmp_path)
     c.save_model(Path("model"), model(V=vocabulary.size), vocabulary)
     return Path("model")
 
-@pytest.fixture(scope="session")
+@fixture(scope="session")
 def default_run(tmp_path_factory):
     """The folder in which the README's first command was run, with its output in out.txt."""
     folder = tmp_path_factory.mktemp("default")
@@ -171,7 +173,7 @@ def loss_inputs(dtype=torch.float64, N=23, C=8, C_=12, V=57):
 
 def fused(inputs, beta=1.0, chunk=8, **changes):
     """The loss, its gradients for hidden and head, and its two parts."""
-    s = settings(**{"teachers": 1, "objective": "rkl", **changes})
+    s = settings(**changes)
     loss, parts = c.FusedLoss.apply(*inputs, s, beta, chunk)
     return loss, *torch.autograd.grad(loss, inputs[:2]), parts
 
@@ -179,10 +181,10 @@ BATCH = some_ids(8, 16), some_ids(8, 16).roll(-1, 1)
 
 def step_of(m, coach=None, *how, **changes):
     """A step of training, at beta = 1 if nothing else is said: loss, its parts, gradient's norm."""
-    s = settings(**{"teachers": 1, "objective": "rkl" if coach else "ce", **changes})
+    s = settings(**changes) if coach else settings(objective="ce")
     return c.train_step(m, c.make_optimizer(m, s), coach, *BATCH, s, *(how or [1.0]))
 
-@pytest.mark.parametrize("tau, alpha", [(2.0, 0.5), (1.0, 0.2), (4.0, 0.9), (2.0, 0.0), (2.0, 1.0)])
+@mark.parametrize("tau, alpha", [(2.0, 0.5), (1.0, 0.2), (4.0, 0.9), (2.0, 0.0), (2.0, 1.0)])
 def test_the_lesson_in_five_lines_is_the_fused_loss(tau, alpha):
     """With its gradients; the one for the logits also as it is written out by hand."""
     hidden, head, targets, t_hidden, t_head = inputs = loss_inputs()
@@ -215,7 +217,7 @@ def test_tokenizer_training_is_repeatable_and_any_text_survives(tmp_path):
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids) == text
     assert c.train_tokenizer(["ab cd"], 300).get_vocab_size() == 3 + 256    # each pair occurs once
 
-@pytest.mark.parametrize("prefix", ["line", "none"])
+@mark.parametrize("prefix", ["line", "none"])
 def test_encoding_is_as_its_docstring_shows(vocabulary, prefix):
     """"none" is BabyLlama's, of the whole text at once; a special token in the text is text."""
     exact = tokenizers.Tokenizer.from_str(vocabulary.tokenizer.to_str())    # adds no space
@@ -231,18 +233,13 @@ def test_encoding_is_as_its_docstring_shows(vocabulary, prefix):
     assert (full == exact.encode(text, add_special_tokens=False).ids) == (prefix == "none")
 
 def test_ids_are_made_again_when_anything_changed(tmp_path, vocabulary):
+    """That a damaged file is made again is proven with the other mutated files."""
     def ids(text, key):
-        return c.encode_once(path, vocabulary, [text], "line", {"text": key})
+        return c.encode_once(tmp_path / "x.ids", vocabulary, [text], "line", {"text": key})
 
-    path = tmp_path / "x.ids"
     first = ids("A dog.", "1")
     assert first.dtype == np.uint16 and (ids("not looked at", "1") == first).all()
     assert len(ids("Two dogs.", "2")) != len(first)
-    full = path.read_bytes()
-    for damaged in (full[:-1], full[:99], b"", full + b"ab", full[:-1] + b"\7", b"x" * len(full)):
-        path.write_bytes(damaged)
-        ids("Two dogs.", "2")
-        assert path.read_bytes() == full
 
 def test_text_is_sorted_and_what_is_held_out_is_not_read_twice(tmp_path):
     os.mkfifo(tmp_path / "pipe.train")
@@ -252,7 +249,7 @@ def test_text_is_sorted_and_what_is_held_out_is_not_read_twice(tmp_path):
     texts = [read.vocabulary.tokenizer.decode(part.tolist()) for part in (read.train, read.dev)]
     assert texts == [" a.txt indented b.train indented", " c.dev indented dev.txt indented"]
 
-@pytest.mark.parametrize("offset", [False, True])
+@mark.parametrize("offset", [False, True])
 def test_an_epoch_reads_every_row_once(offset):
     s, ids = settings(random_offset=offset), np.arange(16 * 51, dtype=np.uint16)
     rows = c.count_rows(len(ids), s)
@@ -274,7 +271,7 @@ def test_a_batch_depends_on_seed_and_step_alone():
 # -----------------------------------------------------------------------------
 # 3. Models
 
-every_kind = pytest.mark.parametrize("kind", [
+every_kind = mark.parametrize("kind", [
     dict(), dict(tied=True), dict(kv_heads=1, rope_theta=500.0), dict(model_type="gpt2"),
     dict(model_type="gpt2", tied=True)])
 
@@ -336,7 +333,7 @@ def test_initial_weights_by_role(kind):
 
 @every_kind
 def test_transformers_reads_our_folders(tmp_path, vocabulary, kind):
-    transformers = pytest.importorskip("transformers")
+    transformers = importorskip("transformers")
     m, ids = model(V=vocabulary.size, sharp=5, **kind), some_ids(2, 16, V=300)
     c.save_model(tmp_path, m, vocabulary)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -389,11 +386,11 @@ LITERAL = {
     "jsd": lambda q, p, t, s: literal_jsd(q, p, s.jsd_beta),
     "drkl": lambda q, p, t, s: literal_drkl(q, p, t, s.gamma)}
 CONSTANTS = dict(fkl_weight=0.3, mu=0.4, skew=0.2, jsd_beta=0.7, gamma=0.8)    # no defaults
-every_divergence = pytest.mark.parametrize("name", c.DIVERGENCES)
+every_divergence = mark.parametrize("name", c.DIVERGENCES)
 
 def divergence(name, u, v, targets, **changes):
     """Value and gradient, as FusedLoss gets them: u without its rows' maxima."""
-    s = settings(teachers=1, objective=name, **changes)
+    s = settings(objective=name, **changes)
     scratch = u.new_empty(2, *u.shape)
     return c.divergence_(s, 1.0, u - u.amax(-1, True), v.clone(), targets, scratch)
 
@@ -410,7 +407,7 @@ def near(name, *args, **changes):
     return off(value.sum(), wanted.sum()) < 1e-5 and off(slope, right) < 1e-5
 
 @every_divergence
-@pytest.mark.parametrize("V, rows", [(3, 256), (57, 256), (16_000, 8)])
+@mark.parametrize("V, rows", [(3, 256), (57, 256), (16_000, 8)])
 def test_divergences_and_their_gradients(name, V, rows):
     """Against the literal definition: 1e-10 in float64, 1e-5 in fp32."""
     targets = some_ids(rows, 1, V=V)
@@ -453,7 +450,7 @@ def test_neither_level_nor_size_costs_a_digit(name):
     for scale in (0.01, 8.0):
         assert near(name, scale * z, 0.08 / scale * w, some_ids(8, 1, V=16_000))
 
-@pytest.mark.parametrize("tau", [0.5, 9.0, 30.0])
+@mark.parametrize("tau", [0.5, 9.0, 30.0])
 def test_no_temperature_breaks_the_loss(tau):
     """softmax(z / tau) to the power of tau has no number left for it at such sizes."""
     one, head = torch.eye(3).requires_grad_(), (0.3 * randn(20_000, 3).float()).requires_grad_()
@@ -461,14 +458,8 @@ def test_no_temperature_breaks_the_loss(tau):
     wanted = F.cross_entropy(head.T, torch.arange(3), reduction="sum")
     assert abs(parts[0] / wanted - 1) < 1e-5 and all(x.isfinite().all() for x in found)
 
-def test_skewed_divergences_become_the_plain_ones_and_jsd_0():
-    u, v = 2 * randn(2, 9, 30)
-    for skewed, plain in (("skl", "fkl"), ("srkl", "rkl")):
-        assert alike(divergence(skewed, u, v, None, skew=1e-10), literal(plain, u, v, None), 1e-5)
-    assert divergence("jsd", u, v, None, jsd_beta=1e-6)[0].max() < 1e-4
-
 @every_divergence
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_a_student_that_is_sure_or_rules_the_target_out(name, dtype, tolerance):
     """1 - q from 1e-1 to 1e-7; and logits so low that q is 0 in fp32 and, from -708 on, float64."""
     z, w = randn(2, 14, 57).to(dtype)
@@ -509,7 +500,7 @@ def test_the_worked_example_is_right_to_its_printed_digits():
 
 def whole(inputs, beta=1.0, **changes):
     """What fused returns, by the paper's Eqs. 1, 2 and 9 with all logits at once."""
-    s = settings(**{"teachers": 1, "objective": "rkl", **changes})
+    s = settings(**changes)
     hidden, head, targets, t_hidden, t_head = inputs
     kept = targets >= 0
     z, w = hidden[kept] @ head.T, t_hidden[kept] @ t_head.T
@@ -522,14 +513,14 @@ def whole(inputs, beta=1.0, **changes):
         loss = s.alpha * ce + (1 - s.alpha) * (s.context if s.reduction == "batchmean" else 1) * kl
     return loss, *torch.autograd.grad(loss, inputs[:2]), torch.stack([ce, kl])
 
-every_objective = pytest.mark.parametrize("changes", [
+every_objective = mark.parametrize("changes", [
     *(dict(objective=name) for name in ("ce", *LITERAL)),
     *(dict(objective=name, mixing="differentiated") for name in LITERAL),
     dict(temperature=1.0, alpha=0.2), dict(alpha=0.0, reduction="batchmean"),
     dict(objective="fkl", temperature=4.0, alpha=0.9)])
 
 @every_objective
-@pytest.mark.parametrize("beta", [1.0, 0.7, 0.1])
+@mark.parametrize("beta", [1.0, 0.7, 0.1])
 def test_fused_loss_is_the_whole_loss(changes, beta, monkeypatch):
     """Whatever the chunk, and the rows that a core works on at once; the paper's k = 5 is one."""
     inputs, changes = loss_inputs(), changes | CONSTANTS
@@ -544,14 +535,6 @@ def test_the_chunk_cannot_be_seen_in_fp32(changes):
     inputs = loss_inputs(torch.float32, N=100, V=300)
     first, *others = (fused(inputs, 0.7, chunk, **changes) for chunk in (1, 7, 64, 100))
     assert all(off(b, a) <= 2e-6 for other in others for a, b in zip(first, other))
-
-def test_the_step_wise_loss_is_the_whole_loss():
-    """Segments of k = 5 tokens, each with a loss of its own: they add up, gradients too."""
-    hidden, head, targets, t_hidden, t_head = inputs = loss_inputs()
-    segments = zip(hidden.split(5), itertools.repeat(head), targets.split(5), t_hidden.split(5),
-                   itertools.repeat(t_head))
-    losses, slopes, head_slopes, _ = zip(*(fused(segment, 0.7) for segment in segments))
-    assert alike((sum(losses), torch.cat(slopes), sum(head_slopes)), fused(inputs, 0.7))
 
 def test_mixing_is_a_weight_under_reverse_kl():
     """Eq. 2, the student's part constant: the gradient is exactly beta times the unmixed one."""
@@ -571,7 +554,7 @@ def test_what_gets_a_gradient():
     """Only what asks for one; a tied head both of its own; and nothing where all is ignored."""
     hidden, head, targets, *teacher = loss_inputs()
     loss, *both, _ = fused((hidden, head, targets, *teacher))
-    s = settings(teachers=1, objective="rkl")
+    s = settings()
     for i, pair in enumerate([(hidden, head.detach()), (hidden.detach(), head)]):
         alone, _ = c.FusedLoss.apply(*pair, targets, *teacher, s, 1.0, 8)
         assert torch.equal(torch.autograd.grad(alone, pair[i])[0], both[i])
@@ -581,11 +564,11 @@ def test_what_gets_a_gradient():
     assert alike(fused(tied)[2:], whole(tied)[2:])
     assert not any(x.any() for x in fused((hidden, head, targets * 0 - 100, *teacher)))
 
-@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 0.02), (torch.float16, 0.005)])
-@pytest.mark.parametrize("autocast", [True, False])
+@mark.parametrize("dtype, error", [(torch.bfloat16, 0.02), (torch.float16, 0.005)])
+@mark.parametrize("autocast", [True, False])
 def test_half_precision(dtype, error, autocast):
     """The mean over many tokens: dividing before the matmuls would leave nothing of it in fp16."""
-    kind, s = torch.float32 if autocast else dtype, settings(teachers=1, objective="rkl")
+    kind, s = torch.float32 if autocast else dtype, settings()
     exact, inputs = (loss_inputs(dtype, N=4000, V=300) for dtype in (torch.float32, kind))
     exact[2][:2000] = inputs[2][:2000] = -100                   # ignored
     with torch.autocast("cpu", dtype, enabled=autocast):
@@ -604,7 +587,7 @@ class Largest(TorchDispatchMode):
         self.elements = max([self.elements, *map(self.size, made)])
         return out
 
-@pytest.mark.parametrize("objective", ["ce", *LITERAL])
+@mark.parametrize("objective", ["ce", *LITERAL])
 def test_no_array_of_all_logits_is_ever_held(objective):
     V, chunk, sizes = 500, 10, []
     for N in (400, 2000):
@@ -637,15 +620,15 @@ def test_learning_rate_beta_and_pytorchs_t_max():
     s = settings(lr=1.0, warmup=10, beta=0.7, progressive=True)
     rates = [c.lr_at(step, 110, s) for step in range(110)]
     rising, falling = np.arange(1, 11) / 11, np.cos(np.arange(100) * math.pi / 100)
-    assert rates == pytest.approx([*rising, *(0.5 + 0.5 * falling)])
+    assert rates == approx([*rising, *(0.5 + 0.5 * falling)])
     betas = [c.beta_at(epoch, 6, s) for epoch in range(6)]                                  # Eq. 3
-    assert betas == pytest.approx([0.7, 0.583, 0.467, 0.35, 0.233, 0.117], abs=1e-3)
+    assert betas == approx([0.7, 0.583, 0.467, 0.35, 0.233, 0.117], abs=1e-3)
     assert c.beta_at(99, 100, s) == 0.1 and c.beta_at(5, 6, settings(beta=0.7)) == 0.7
     assert c.beta_at(1, 2, settings(beta=0.05, progressive=True)) == 0.05
     s, optimizer = settings(lr=0.5, warmup=0, t_max=30), torch.optim.SGD([torch.zeros(1)], lr=0.5)
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30)
     for step in range(100):
-        assert [c.lr_at(step, 100, s)] == pytest.approx(theirs.get_last_lr(), abs=1e-12)
+        assert [c.lr_at(step, 100, s)] == approx(theirs.get_last_lr(), abs=1e-12)
         optimizer.step(), theirs.step()
 
 @every_kind
@@ -675,7 +658,7 @@ def test_every_divergence_trains_and_the_teacher_stays(name):
     for p, before in zip(teacher.parameters(), model(sharp=6, seed=5).parameters()):
         assert torch.equal(p, before) and p.grad is None
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_step_in_half_precision(dtype):
     """Near the step in fp32; weights and gradients stay fp32; fp16's scaled gradients come back."""
     rows, slopes = [], []
@@ -711,7 +694,7 @@ def plain_score(m, vocabulary, text):
     return log_p.gather(1, torch.tensor(ids[1:])[:, None])[len(given) - 1:].sum().item()
 
 @every_kind
-@pytest.mark.parametrize("nodes", [1, 7, 128])
+@mark.parametrize("nodes", [1, 7, 128])
 def test_tries_score_as_one_text_at_a_time_does(vocabulary, kind, nodes, monkeypatch):
     """Beginnings of others, equal texts, one token, odd text, contexts, rows cut anywhere."""
     monkeypatch.setattr(c, "NODES", nodes)
@@ -731,28 +714,28 @@ def test_tries_score_as_one_text_at_a_time_does(vocabulary, kind, nodes, monkeyp
     assert found[1, 0] == found[1, 1] and found[0, 0] == found[3, 1]
     assert c.points(found)[1] == c.points(found[:, ::-1])[1] == 1       # a tie is the good one's
 
-@pytest.mark.parametrize("bad, why", [(("", "ab " * 40), "a text has"), (("A", ""), "nothing is")])
+@mark.parametrize("bad, why", [(("", "ab " * 40), "a text has"), (("A", ""), "nothing is")])
 def test_a_text_that_cannot_be_scored_names_its_place(vocabulary, bad, why):
     pair = sentences("A", "b", context="The")[0]._replace(bad=bad)
-    with pytest.raises(click.ClickException, match="x, line 1: " + why):
+    with raises(click.ClickException, match="x, line 1: " + why):
         c.encode_pairs(vocabulary, [pair], 40)
 
 def test_the_trie_of_its_docstring():
-    doc, trie, m, trees = c.Trie.__doc__, c.Trie(), model(), []
-    table = re.search(r"node   .*?(?=\n\n)", doc, re.S)[0].splitlines()
-    nodes, words, depth, end = (line.split()[1:5] for line in table[:4])
-    words += ["barked", "ran"]
-    for text in re.findall(r'"(<s> .*?)"', doc, re.S):
+    shown, trie, m = " ".join(c.Trie.__doc__.split()), c.Trie(), model()
+    words = "<s> A dog cat barked ran".split()
+    for text in re.findall('"(<s> .*?)"', shown):
         trie.add(text, [words.index(word) for word in text.split()], 1)
-    found = [[str(x) for x in row] for row in (trie.ids, trie.depth, trie.end)]
-    edges = [(str(node), words[i]) for node, i in trie.edges]
-    assert found == [nodes, depth, end] and len(edges) == 6
-    first, second, _ = trie.sequences.values()
-    assert [edges[i] for i in first + second] == re.findall(r"\((\d), (\w+)\)", doc)
-    m.hidden = lambda ids, tree: trees.append(tree) or torch.zeros(1, 4, 32)
+    m.hidden = Mock(return_value=torch.zeros(1, 4, 32))
     c.score_tries(m, [trie])
-    for line, word, sees in zip(table[1:], words, trees[0].sees[0, 0].tolist()):
-        assert line.split()[-5:] == [word, *(".x"[seen] for seen in sees)]
+    sees = m.hidden.call_args.kwargs["tree"].sees[0, 0].tolist()
+    table = [["id", *words[:4]], ["depth", *trie.depth], ["end", *trie.end]]
+    table += [[word, *(".x"[seen] for seen in row)] for word, row in zip(words, sees)]
+    for row in table:
+        assert " ".join(map(str, row)) in shown
+    edges = [f"({node}, {words[i]})" for node, i in trie.edges]
+    first, second, _ = (" + ".join(edges[i] for i in row) for row in trie.sequences.values())
+    assert f"first scores {first}, the second {second}." in shown
+    assert trie.ids == [0, 1, 2, 3] and len(edges) == 6
 
 def test_token_scores_are_the_log_softmax():
     hidden, head, targets, *_ = loss_inputs()
@@ -789,7 +772,7 @@ TRAIN_STEP, NO_FLAGS, AB = c.train_step, dict.fromkeys(c.KNOWN), [("A.", "B.")]
 RKL = 'objective = "rkl"\nteachers = 1'
 KEYS = "sentence_good sentence_bad", "Domain Context1 Context2 Target1 Target2"
 
-@pytest.fixture
+@fixture
 def here(tmp_path, monkeypatch):
     """The test's folder, with a brief.toml, made the current one."""
     monkeypatch.chdir(brief_config(tmp_path).parent)
@@ -834,7 +817,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "x"
     path.write_text("old")
     before = path.stat().st_ino
-    with pytest.raises(ZeroDivisionError), c.written_whole(path) as file:
+    with raises(ZeroDivisionError), c.written_whole(path) as file:
         file.write(b"new" * (1 // 0))
     assert path.read_text() == "old"
     with c.written_whole(path) as file:
@@ -878,12 +861,12 @@ def test_what_other_programs_write_is_read(tmp_path, vocabulary):
 LLAMA = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}
 
-@pytest.mark.parametrize("sizes", [
+@mark.parametrize("sizes", [
     LLAMA, LLAMA | {"tie_word_embeddings": True}, LLAMA | THETA | {"num_key_value_heads": 1},
     dict(n_embd=32, n_layer=2, n_head=4, n_inner=40)])
 def test_we_read_the_folders_of_transformers(tmp_path, vocabulary, sizes):
     """Whole, and in shards."""
-    transformers = pytest.importorskip("transformers")
+    transformers = importorskip("transformers")
     kind = transformers.LlamaConfig if "hidden_size" in sizes else transformers.GPT2Config
     config, ids = kind(vocab_size=vocabulary.size, **sizes), torch.arange(400).view(25, 16)
     theirs = sharpened(transformers.AutoModelForCausalLM.from_config(config), 5).eval()
@@ -925,7 +908,7 @@ def test_a_run_says_what_it_is(here):
     told = train("b", "--pairs none").stdout
     assert re.match("model +b, held-out loss", told) and not list(here.glob("b/blimp-*"))
 
-@pytest.mark.skipif(c.fcntl is None, reason="no locks here")
+@mark.skipif(c.fcntl is None, reason="no locks here")
 def test_what_is_finished_is_used_again_if_it_is_the_same(here, monkeypatch):
     """Teachers; a run, at --resume; what another command trains, or has trained meanwhile."""
     brief_config(here, RKL, "lr = 3e-3")
@@ -971,7 +954,7 @@ def test_held_out_loss_does_not_depend_on_the_batch(corpus):
     assert m.training and not c.held_out_loss(m, ids[:16], settings())
     inputs, targets = c.windows(ids, np.arange(62) * 16, 16)
     wanted = F.cross_entropy(logits(m.eval(), inputs).flatten(0, 1), targets.flatten()).item()
-    assert losses == pytest.approx([wanted] * 3)
+    assert losses == approx([wanted] * 3)
 
 def test_runs_in_half_precision(here, monkeypatch):
     """How it coaches does not change a teacher. A checkpoint holds fp16's loss scale; it falls."""
@@ -1027,7 +1010,7 @@ def test_two_processes_train_the_model_of_one(here):
                 one[name].chunk(3)[1][:] = two[name].chunk(3)[1]
         torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
     for one, two in zip(history("one/run"), history("two/run"), strict=True):
-        assert one == pytest.approx(two, rel=1e-4)
+        assert one == approx(two, rel=1e-4)
     said = in_two("x", "--objective ce --batch-size 9 --micro-batch 3", (1, 1))
     assert "2 processes cannot share --batch-size 9" in said[0]
 
@@ -1067,7 +1050,7 @@ while kills == 0 or os.WIFSIGNALED(status):
     writing += bool(glob.glob("killed/*/state.pt.*partial"))
 print(status, kills, writing)"""
 
-@pytest.mark.parametrize("extra, steps", [
+@mark.parametrize("extra, steps", [
     ("micro_batch = 2", 200), ('objective = "rkl"\nteachers = 2', 80)])
 def test_killed_at_any_moment_a_run_ends_as_it_would_have(here, monkeypatch, extra, steps):
     """25 times; the same weights and log. With accumulation, or two teachers, one with dropout."""
@@ -1174,29 +1157,29 @@ def test_what_goes_wrong_in_a_run_is_said(here, saved, vocabulary, monkeypatch):
     monkeypatch.setattr(c, "train_step", Mock(side_effect=faults))
     for _ in faults[:3]:
         assert re.search("out of memory.*--micro-batch", untrained("r/a", "--overwrite"))
-    with pytest.raises(AssertionError, match="a fault of ours"):
+    with raises(AssertionError, match="a fault of ours"):
         train("r/a", "--overwrite")
 
 # -----------------------------------------------------------------------------
 # 13 to 15. Sampling, pairs and their tables, the command line
 
 @every_kind
-def test_writing_on_reads_no_id_twice_and_lets_rows_go_that_end(kind, monkeypatch):
+def test_writing_on_reads_no_id_twice_and_lets_rows_go_that_end(kind):
     """Each id is drawn by its probability; the likeliest are those of the whole row, read again."""
-    m, seen, draw = model(V=6, sharp=8, **kind), [], torch.Generator().manual_seed(0)
-    rows = ids = torch.randint(0, 6, (6, 9), generator=draw)
+    m, draw = model(V=6, sharp=8, **kind), torch.Generator().manual_seed(0)
+    rows = ids = some_ids(6, 9, V=6)
     for tau in (0.7, 2.0):
         drawn = torch.tensor(c.write_on(m, ids[:1].expand(4000, -1), [9], 1, draw, tau)).flatten()
         p = (logits(m, ids[:1])[0, -1] / tau).softmax(-1)
         assert torch.allclose(drawn.bincount(minlength=6) / 4000, p, atol=4 * (0.25 / 4000)**0.5)
     for _ in range(20):
         rows = torch.cat([rows, logits(m, rows)[:, -1:].argmax(-1)], 1)
-    rows, hidden, end = rows[:, 9:].tolist(), m.hidden, int(rows[0, 16])
-    m.hidden = lambda x, *rest: seen.append(x.shape) or hidden(x, *rest)
-    monkeypatch.setattr(torch, "multinomial", lambda p, *_, **__: p.argmax(-1, True))
-    found = c.write_on(m, ids, [end], 20, draw)
+    rows, end = rows[:, 9:].tolist(), int(rows[0, 16])
+    m.hidden = Mock(wraps=m.hidden)
+    found = c.write_on(m, ids, [end], 20, None, 0)
     assert found == [row[:(row + [end]).index(end)] for row in rows]
-    assert {T for _, T in seen[1:]} <= {1} and sum(B for B, _ in seen[1:]) <= sum(map(len, found))
+    _, *read = (call.args[0].shape for call in m.hidden.call_args_list)
+    assert {T for _, T in read} <= {1} and sum(B for B, _ in read) <= sum(map(len, found))
 
 def test_sample(saved, vocabulary):
     """Seeded; a line each; the prompt has a leading space, even where the tokenizer adds none."""
@@ -1206,17 +1189,26 @@ def test_sample(saved, vocabulary):
     one, three, same, other, greedy = (invoke(command + more).stdout for more in (
         "", "--count 3", "--count 3", "--seed 1", "--temperature 1e-3 --count 2"))
     assert re.fullmatch("the dog.*\n", one) and one != other and three == same
+    assert len({*three.split("\n")}) == 4
     m, ids = c.load_model(saved, "cpu")[0], [1, *vocabulary.tokenizer.encode(" the dog").ids]
     for _ in range(9):
         ids.append(int(logits(m, torch.tensor([ids]))[0, -1].argmax()))
     assert greedy == (" ".join(vocabulary.tokenizer.decode(ids).split()) + "\n") * 2
-    assert len({*three.split("\n")}) == 4
     assert invoke("sample model --prompt caf\udce9 --tokens 3").stdout
+    assert "32 positions" in error(f"sample model --prompt '{'a ' * 40}'")
     m.head.data[0, 0] = math.nan
     c.save_model(saved, m, vocabulary)
-    for more, wanted in (f"--prompt '{'a ' * 40}'", "32 positions"), ("--tokens 99", "not finite"):
-        told = invoke(command + more, 1)
-        assert wanted in told.stderr and told.stdout == ""
+    assert "not finite" in error("sample model")
+
+DAMAGED = {                     # what config.json says: the sentence
+    '"model_type": ["llama"]': "is ['llama']",
+    '"model_type": "mamba"': "model_type is 'mamba': expected llama or gpt2",
+    '"hidden_act": "gelu"': "hidden_act is 'gelu': expected",
+    '"rope_scaling": {"rope_type": "llama3", "factor": 8.0}': "rotary positions are scaled",
+    '"num_attention_heads": "two"': "num_attention_heads is 'two': expected int",
+    '"num_attention_heads": 3': "3 heads do not divide", '"hidden_size": null': "is None: expec",
+    '"hidden_size": 64': "of one model", '"head_dim": 64': "head_dim is 64: ",
+    '"vocab_size": 10': "at least as many", f'"vocab_size": 1{"0" * 30}': "is 1000"}
 
 def test_a_sample_ends_with_its_line(saved, vocabulary, monkeypatch):
     """At the prefix token, a line break, or any eos_token_id that is one."""
@@ -1257,7 +1249,7 @@ def test_ties_means_and_groups(here, monkeypatch, capsys):
     rows = [*result["paradigms"].values(), result["phenomena"]["argument_structure"], result]
     found = [f"{row['accuracy']:.4f} {row['n']} {row['ties']}" for row in rows]
     assert found == ["1.0000 2 1", "0.5000 6 0", "1.0000 1 1", "0.7500 8 1", "0.8333 9 2"]
-    assert rows[1]["stderr"] == pytest.approx(np.std([1, 0] * 3, ddof=1) / 6**0.5)
+    assert rows[1]["stderr"] == approx(np.std([1, 0] * 3, ddof=1) / 6**0.5)
     table, short = (c.pairs_table({"a": result, "b": result}, paradigms=x) for x in (True, False))
     assert re.search("argument_structure +8 +75.0 .* 75.0.*\n  1 ", table) and "\n  1 " not in short
     scores[:4] = np.loadtxt("nan -1, -1 nan, -inf -inf, inf -1".split(","))
@@ -1287,13 +1279,13 @@ def test_a_sample_has_the_same_share_of_each_paradigm():
     groups = c.group_by(some, lambda pair: pair.paradigm).values()
     assert [*map(len, groups)] == [10] * 20 and pairs == c.read_pairs(TINY / "blimp", 9999)
 
-@pytest.mark.parametrize("gained, lost", [(0, 0), (1, 0), (9, 3), (40, 61), (1000, 900)])
+@mark.parametrize("gained, lost", [(0, 0), (1, 0), (9, 3), (40, 61), (1000, 900)])
 def test_mcnemar_is_a_fair_coin(gained, lost):
     n, k = gained + lost, min(gained, lost)
     wanted = min(1, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
-    assert c.mcnemar(gained, lost) == pytest.approx(wanted, rel=1e-9)
+    assert c.mcnemar(gained, lost) == approx(wanted, rel=1e-9)
 
-@pytest.mark.parametrize("P, spread", [*itertools.product((67, 20, 5, 2), (0.0, 0.08)), (1, 0.0)])
+@mark.parametrize("P, spread", [*itertools.product((67, 20, 5, 2), (0.0, 0.08)), (1, 0.0)])
 def test_an_interval_covers_what_is_true_as_often_as_it_says(P, spread):
     """95 %, within the error of 300 trials, where paradigms are better by 0.03, give or take."""
     draw, covered = np.random.default_rng(1), 0
@@ -1318,7 +1310,7 @@ def test_compare(saved, vocabulary):
     told = invoke("compare guess good same").stdout
     assert re.match(f"good against guess{rows}same against guess{rows}Better or worse", told)
     whole = json.loads(invoke("compare guess good --json").stdout)[0]["rows"][-1]
-    assert whole["difference"] == pytest.approx(whole["other"] - whole["first"])
+    assert whole["difference"] == approx(whole["other"] - whole["first"])
     assert whole["low"] < 0.3 < whole["high"] and whole["p"] < 1e-9 and whole["n"] == 2000
     one = [c.Scores([("term", "p", 1)], np.array([x])) for x in (1.0, 0.0)]
     assert "not distinguishable on these pairs" == c.compare_scores(*one)[-1]["verdict"]
@@ -1349,20 +1341,20 @@ def test_defaults_then_base_then_toml_then_flags(here):
     assert own == [f"{first} 0.5 ce 0 3 {here}/mine" for first in ("48 0.5 False", "64 3.0 True")]
     assert [table["width"] for table in c.read_config(child)[1]] == [48, 64, 16]
     base.write_text('base = "s/x"')
-    with pytest.raises(click.ClickException, match="is its own base"):
+    with raises(click.ClickException, match="is its own base"):
         c.read_settings(child, NO_FLAGS, [])
 
 def test_the_shipped_configs():
     """Row by row, what the paper's Table 1 says of the twelve models. Teachers are larger."""
-    names = [f"{kind}-{n}-{year}{plus}" for kind, plus in (("fw", ""), ("rv", ""), ("rv", "-plus"))
-             for year in (23, 24) for n in (2, 1)]
+    rows = ("fw-2-23 fw-1-23 fw-2-24 fw-1-24 rv-2-23 rv-1-23 rv-2-24 rv-1-24 "
+            "rv-2-23-plus rv-1-23-plus rv-2-24-plus rv-1-24-plus").split()
     files = {path.stem: path for path in (HOME / "configs").iterdir()}
     found = {name: c.read_settings(path, NO_FLAGS, []) for name, path in files.items()}
-    assert found.keys() == {*names, "paper", "small", "tiny"}
+    assert found.keys() == {*rows, "paper", "small", "tiny"}
     for s, teachers in found.values():
         small, large = (c.empty_model(each, s.vocab_size) for each in (s, teachers[0]))
         assert c.count_parameters(small) < c.count_parameters(large)
-    for row, name in enumerate(names, 1):
+    for row, name in enumerate(rows, 1):
         (s, teachers), (kind, n, year, *plus) = found[name], name.split("-")
         text, dev = (f"{HOME}/data/babylm-20{year}/{part}-clean" for part in ("train_10M", "dev"))
         assert s == dataclasses.replace(
@@ -1378,42 +1370,40 @@ def test_every_flag_has_help_and_stands_once():
         assert len(flags) == len({*flags}) and "Example:" in invoke(f"{name} --help").output
         assert all("." in option.help for option in command.params if "--" in option.opts[-1])
 
-BAD = {                         # what the user did: what the sentence says
-    "train -o out -c bad.toml": {
+BAD = {                         # the command and its exit code: what the user did, what is said
+    ("train -o out -c bad.toml", 1): {
         "betta = 1": "unknown key 'betta'; did you mean 'beta'?", "lr = ''": "lr is '': expected",
         "layers = true": "layers is True: exp", "lr = nan": "lr is nan", "teacher = 3": "bad.toml",
         "lr =": "bad.toml", 'base = "no"': "no: No such file", 'base = "bad.toml"': "its own base",
         "[[teacher]]\ntext = ''": "teacher 1: unknown key 'text'", f"lr = 1{'0' * 400}": "lr is 10",
         'text = "a\\u0000b"': "without a NUL", "zzz = 1": "unknown key 'zzz'; train --help",
         "[teacher]\nwidth = 3": "expected [[teacher"},
-    "train -o out -c brief.toml --text text": {
+    ("train -o out -c brief.toml --text text", 1): {
         "": "a.txt is empty", "good \udcff bad": "0xff in position 5", "short": "less than a batc"},
-    "train -o out -c brief.toml ": {
+    ("train -o out -c brief.toml {}", 1): {
         "--text no": "no is not a folder", "--text .": "no *.train", "--dev .": "holds no *.dev",
         "--tokenizer no": "no: No such file", "--tokenizer brief.toml": "brief.toml is damaged",
         "--seed 18446744073709551616": "is 18446744073709551616: expec", "--pairs .": "no *.jsonl",
-        "--batch-size 0": "--batch-size is 0: expected 1", "--lr fast": "'fast' is not a valid",
-        "--objective magic": "'magic' is not one of 'ce', ", "--objective rkl": "needs a teacher",
+        "--batch-size 0": "--batch-size is 0: expected 1", "--objective rkl": "needs a teacher",
         "--objective rkl --teacher a --teacher a": "two different ones", "--device cuda": "--devic",
         "--objective ce --teachers 1": "has no teacher", "--heads 5": "5 heads do not divide",
         "--kv-heads 3": "3 kv_heads do not divide", "--heads 32": "1 wide each: rotary positions",
         "--micro-batch 3": "does not divide --batch-size 8", "--context 500": "--context 500 is "},
-    "": {"eval-blimp": "no finished run in runs/", "eval-blimp -m no": "no holds no finished",
-         "eval-blimp -d no -m x": "no holds no *.jsonl", "compare a b": "no scores of the same",
-         "sample a --temperature nan": "expected 0, or"}}
+    ("train -o out {}", 2): {
+        "--lr fast": "'fast' is not a valid", "--objective magic": "'magic' is not one of 'ce', "},
+    ("{}", 1): {
+        "eval-blimp": "no finished run in runs/", "eval-blimp -m no": "no holds no finished",
+        "eval-blimp -d no -m x": "no holds no *.jsonl", "compare a b": "no scores of the same",
+        "sample a --temperature nan": "expected 0, or"}}
 
-@pytest.mark.parametrize("command", BAD)
-def test_bad_input_is_one_sentence_and_nothing_is_left(here, monkeypatch, command):
+@mark.parametrize("command, code", BAD)
+def test_bad_input_is_one_sentence_and_nothing_is_left(here, monkeypatch, command, code):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     os.mkdir("text")
-    for given, wanted in BAD[command].items():
+    for given, wanted in BAD[command, code].items():
         for path in ("bad.toml", "text/a.txt"):
             Path(path).write_text(given, errors="surrogateescape")
-        args = command if command[-1:] in ("l", "t") else command + given
-        told = CliRunner().invoke(c.cli, args.split())
-        assert isinstance(told.exception, SystemExit) and told.exit_code in (1, 2), given
-        assert wanted in told.stderr and told.stdout == "", (given, told.stderr)
-        assert told.stderr.split("Error: ")[1].count("\n") == 1 and not os.path.exists("out"), given
+        assert wanted in error(command.format(given), code) and not os.path.exists("out"), given
 
 def test_a_run_folder_is_never_overwritten_unasked(here):
     """Nor is a file that is not ours, or a teacher by its student."""
@@ -1451,31 +1441,25 @@ def test_teachers_that_cannot_teach(here, saved):
         c.write_json(folder / "tokenizer_config.json", {"bos_token": prefix})
         assert ("has another vocabulary" in train("out/run", flags, code).stderr) == code
 
-def swap(old, new):
-    """What changes the JSON of a safetensors file, but not its length."""
-    return lambda whole: whole.replace(old, new.ljust(len(old)), 1)
-
-@pytest.mark.parametrize("change, wanted", [
-    (lambda whole: whole[:-100], "end of the file"), (lambda whole: whole[:60], "is damaged"),
-    (lambda whole: b"", "is damaged"), (swap(b'"F32"', b'"I8"'), "has dtype 'I8': expected F64"),
-    (lambda whole: b"\4" + bytes(7) + b"{{{{" + bytes(9), "is damaged"),
-    (swap(b"[0, 51200]", b"[0,999999]"), "end of the file"), (swap(b"[400, 32]", b"[1]"), "damag"),
-    (swap(b"[51200,", b"[51100,"), "overlaps anoth"), (swap(b"lm_head", b"lm_haed"), "not of one"),
-    (swap(b"[400, 32]", b"[-400,32]"), "is damaged"), ({"model_type": ["llama"]}, "is ['llama']"),
-    ({"model_type": "mamba"}, "model_type is 'mamba': expected llama or gpt2"),
-    ({"hidden_act": "gelu"}, "hidden_act is 'gelu': expected"), ({"vocab_size": 10**30}, "is 1000"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rotary positions are scaled"),
-    ({"num_attention_heads": "two"}, "num_attention_heads is 'two': expected int"),
-    ({"hidden_size": None}, "hidden_size is None: expec"), ({"vocab_size": 10}, "at least as many"),
-    ({"num_attention_heads": 3}, "3 heads do not divide"), ({"hidden_size": 64}, "of one model"),
-    ({"head_dim": 64}, "head_dim is 64: "), (None, "model.safetensors is missing")])
-def test_a_damaged_or_unknown_model_is_one_sentence(saved, change, wanted):
-    path = saved / "model.safetensors"
-    if isinstance(change, dict):
-        c.write_json(saved / "config.json", c.read_json(saved / "config.json") | change)
-    else:
-        path.write_bytes(change(path.read_bytes())) if change else path.unlink()
-    assert wanted in error("eval-blimp -m model")
+def test_a_damaged_or_unknown_model_is_one_sentence(saved):
+    config, path = c.read_json(saved / "config.json"), saved / "model.safetensors"
+    for change, wanted in DAMAGED.items():
+        c.write_json(saved / "config.json", config | json.loads(f"{{{change}}}"))
+        assert wanted in error("eval-blimp -m model"), change
+    c.write_json(saved / "config.json", config)
+    whole = path.read_bytes()
+    for old, new, wanted in (                           # in the JSON of the weights' file
+            (b'"F32"', b'"I8"', "has dtype 'I8': expected F64"), (b"{", b"[", "is damaged"),
+            (b"[0, 51200]", b"[0,999999]", "end of the file"), (b"[400, 32]", b"[1]", "is damaged"),
+            (b"[51200,", b"[51100,", "overlaps anoth"), (b"lm_head", b"lm_haed", "not of one"),
+            (b"[400, 32]", b"[-400,32]", "is damaged")):
+        path.write_bytes(whole.replace(old, new.ljust(len(old)), 1))
+        assert wanted in error("eval-blimp -m model"), new
+    for cut, wanted in ((-100, "end of the file"), (60, "is damaged"), (0, "is damaged")):
+        path.write_bytes(whole[:cut])
+        assert wanted in error("eval-blimp -m model"), cut
+    path.unlink()
+    assert "model.safetensors is missing" in error("eval-blimp -m model")
 
 def test_bad_pairs_name_file_and_line(saved):
     """And do not show the line: EWoK's text is not to be spread."""
@@ -1510,7 +1494,8 @@ def test_no_mutated_file_gets_through_or_brings_it_down(here, saved, vocabulary)
     c.keep_scores(saved, "blimp", c.read_pairs(Path("p")), np.full((4, 2), -1.5))
     m, draw, ids = model(V=60), random.Random(0), set()
     parts = {"model": m, "optimizer": c.make_optimizer(m, settings())}
-    c.train_step(m, parts["optimizer"], None, *torch.zeros(2, 2, 8).long(), settings(), 1.0)
+    c.train_step(m, parts["optimizer"], None, *torch.zeros(2, 2, 8).long(),
+                 settings(objective="ce"), 1.0)
     c.save_state(here / "state.pt", {"run": "x", "step": 3, "seconds": 1, "logged": 9}, parts)
 
     def read_ids():
@@ -1647,7 +1632,7 @@ def test_the_readmes_divergence_is_one(here, monkeypatch):
     train("r/x", f"--teachers 1 --steps 2 --objective {name}")
 
 def test_the_readmes_transformers_block_runs(default_run, monkeypatch):
-    transformers, names = pytest.importorskip("transformers"), {}
+    transformers, names = importorskip("transformers"), {}
     monkeypatch.chdir(default_run)
     block = re.findall(r"^ {4}((?:from transformers|model =|tokenizer =).*)", README, re.M)
     exec("\n".join(block), names)
@@ -1722,7 +1707,7 @@ class Site(socketserver.StreamRequestHandler):
             if self.server.half.exists() and self.server.half.stat().st_size >= load.PIECE:
                 return _thread.interrupt_main()             # as Ctrl-C does
 
-@pytest.fixture
+@fixture
 def site(tmp_path, monkeypatch):
     """A server, whose `run` runs the command on it: nothing or everything is then there."""
     monkeypatch.setenv("no_proxy", "*")
@@ -1751,14 +1736,14 @@ def site(tmp_path, monkeypatch):
         server.over.set()
         server.shutdown()
 
-@pytest.mark.parametrize("digest", ["", SHA256, MD5])
-@pytest.mark.parametrize("way", ["whole", "unsized"])
+@mark.parametrize("digest", ["", SHA256, MD5])
+@mark.parametrize("way", ["whole", "unsized"])
 def test_a_download_happens_once(site, way, digest):
     assert "pairs: 3 files, 270,000 bytes" in site.run(way, digest)
     assert "is there already" in site.run(way, digest) and site.asked == [0]
 
-@pytest.mark.parametrize("digest", ["", SHA256])
-@pytest.mark.parametrize("way", "broken moved interrupted stalled deaf unsized-broken".split())
+@mark.parametrize("digest", ["", SHA256])
+@mark.parametrize("way", "broken moved interrupted stalled deaf unsized-broken".split())
 def test_a_broken_download_goes_on(site, way, digest, monkeypatch):
     real, waits = urllib.request.urlopen, []
     monkeypatch.setattr(urllib.request, "urlopen", lambda request, timeout:
@@ -1805,7 +1790,7 @@ def test_a_download_that_cannot_be_is_one_sentence(site, monkeypatch):
         assert re.search(wanted.format(reason), site.run(way, code=1)), way
 
 def test_a_full_disk_keeps_what_was_downloaded(site):
-    resource = pytest.importorskip("resource")
+    resource = importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
@@ -1855,7 +1840,7 @@ def test_no_path_leads_out_of_the_folder_and_every_pattern_matches(tmp_path):
             "data/i.jsonl/", "data/x/j.jsonl", "notdata/k.jsonl", "__MACOSX/data/._d.jsonl"]
     (tmp_path / "x.zip").write_bytes(zipped({name: name for name in taken + left}))
     load.unpack(tmp_path / "x.zip", load.SOURCES["blimp"][0].members, tmp_path / "deep/er/folder")
-    with pytest.raises(click.ClickException, match="4 wanted files of .* expected data.* and dev"):
+    with raises(click.ClickException, match="4 wanted files of .* expected data.* and dev"):
         load.unpack(tmp_path / "x.zip", {**PAIRS, "dev": "dev/(.*)"}, tmp_path / "out")
     (tmp_path / "x.zip").unlink()
     assert files_in(tmp_path) == {f"deep/er/folder/{name[-7:]}": name.encode() for name in taken}
@@ -1871,7 +1856,7 @@ LISTINGS = {        # what the archives of a source may hold; "=" and what it be
     "blimp": ["data/ data/principle_A_case_1.jsonl=principle_A_case_1.jsonl raw/x.jsonl"],
     "supplement": ["blimp_filtered/x.jsonl supplement_filtered/qa_easy.jsonl=qa_easy.jsonl"]}
 
-@pytest.mark.parametrize("name", load.SOURCES)
+@mark.parametrize("name", load.SOURCES)
 def test_a_source_is_unpacked_then_cleaned_or_filtered(tmp_path, monkeypatch, name):
     """All archives become data/NAME; what is made of it is made again where it is missing."""
     monkeypatch.setattr(c, "HOME", tmp_path)
@@ -1949,7 +1934,7 @@ def test_filtering_by_words(tmp_path, monkeypatch):
 
 SHARED = HOME.parent / "shared/data/blimp.tar.xz"
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs the real BLiMP")
+@mark.skipif(not SHARED.exists(), reason="needs the real BLiMP")
 def test_filtered_blimp_has_babylms_pairs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.unpack_archive(SHARED, filter="data")
@@ -1969,7 +1954,7 @@ def table_of(page) -> list[list[str]]:
     assert not re.search("<script|<link|src=|@import|url\\(", page.read_text())
     return [["".join(cell.itertext()) for cell in row] for row in table]
 
-@pytest.fixture(scope="module")
+@fixture(scope="module")
 def two_runs(tmp_path_factory):
     """A student and its teacher, of 24 steps."""
     student = tmp_path_factory.mktemp("runs") / "x-drkl-1"
@@ -2001,7 +1986,7 @@ def test_paradigms_count_alike(monkeypatch):
     names = [("a_b", "p", 1), ("a_b", "q", 1), ("a_b", "q", 2), ("c", "r", 1), ("c", "r", 2)]
     monkeypatch.setattr(c, "read_scores", lambda path: c.Scores(names, np.array([1, 0, 1, 1, 0])))
     means = figures.accuracies(["one model"])
-    assert means.pop("mean of 3 paradigms") == [pytest.approx((200 / 3, 50 * 2**0.5 / 3))]
+    assert means.pop("mean of 3 paradigms") == [approx((200 / 3, 50 * 2**0.5 / 3))]
     assert means == {"a b": [(75, 25)], "c": [(50, 50)]}
 
 def test_a_report_of_a_killed_run_of_a_plain_model_and_of_hostile_names(two_runs, tmp_path):
@@ -2073,7 +2058,7 @@ def test_in_the_toy_all_find_the_teacher_and_each_fits_its_part_first():
     assert ((more * ~head).sum(-1)[1:5] > 0).double().mean() > 0.95
     assert (((gaps("rkl", 50, "sgd") - gaps("fkl", 50, "sgd")) * ~head).sum(-1)[1:] < 0).all()
 
-@pytest.mark.parametrize("name", c.DIVERGENCES)
+@mark.parametrize("name", c.DIVERGENCES)
 def test_the_toy_descends_by_the_divergences_gradients(name):
     """A step of plain descent, in logits and in a Gaussian's parameters, against autograd."""
     p, s = figures.toy_teachers(POINTS)["two modes"].expand(3, -1), settings()
@@ -2093,10 +2078,10 @@ def test_toy_shows_where_modes_are_sought(tmp_path):
     for teacher, result in json.loads(told).items():
         for name, row in result["objectives"].items():
             gap, q = np.abs(np.subtract(row["q"], result["p"])).sum(), np.array(row["gaussian_q"])
-            assert row["head"][250] + row["tail"][-1] == pytest.approx(gap)
+            assert row["head"][250] + row["tail"][-1] == approx(gap)
             fits[teacher, name] = q @ x, (q @ x**2 - (q @ x)**2)**0.5
-    assert fits["two narrow modes", "fkl"] == pytest.approx((6, 2.4), abs=0.5)
-    assert fits["two narrow modes", "rkl"] == pytest.approx((7.5, 0.5), abs=0.01)
+    assert fits["two narrow modes", "fkl"] == approx((6, 2.4), abs=0.5)
+    assert fits["two narrow modes", "rkl"] == approx((7.5, 0.5), abs=0.01)
     assert min(fits["two modes", name][1] for name in ("fkl", "rkl", "akl")) > 2
     assert len(ElementTree.parse(tmp_path / "toy.svg").getroot()[1:]) == 4 * 3
     lines = invoke("toy --objective drkl --epochs 6").stdout.splitlines()
