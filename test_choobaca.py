@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -2091,44 +2092,47 @@ def test_toy_shows_where_modes_are_sought(tmp_path):
 # -----------------------------------------------------------------------------
 # The benchmark of the loss: python test_choobaca.py bench --help
 
-def peak():
-    """The most that this process has held, in bytes; None where the system does not say."""
+def peak(device, anew=False):
+    """The most bytes that this process has held, ever or since it was asked for `anew`, or 0."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        if anew:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
-    return 1024 * int(found[1]) if found else None
+    if not status.exists():
+        return 0
+    if anew:
+        Path("/proc/self/clear_refs").write_text("5")
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
 
 def measure(step, leaves):
     """Seconds of a step, and the bytes that it holds at its peak beyond inputs and gradients."""
     for leaf in leaves:
         leaf.grad = None
-    gradients = sum(leaf.nbytes for leaf in leaves)
-    if leaves[0].is_cuda:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        begin.record(), step(), end.record(), torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3, torch.cuda.max_memory_allocated() - before - gradients
-    if peak():
-        Path("/proc/self/clear_refs").write_text("5")           # the peak is now what is held now
-    before, begin = peak(), time.perf_counter()
+    device = leaves[0].device
+    before, begin = peak(device, anew=True), time.perf_counter()
     step()
-    return time.perf_counter() - begin, max(0, peak() - before - gradients) if before else None
+    most = peak(device)                                         # a GPU has then finished
+    seconds = time.perf_counter() - begin
+    return seconds, max(0, most - before - sum(leaf.nbytes for leaf in leaves))
 
 def contestants(objectives, rows, width, teacher_width, vocab_size, chunk, dtype, device):
-    """What is compared, by name, forward and backward each. "products" is the four matmuls of a
-    loss in its chunks, and nothing else: no loss is faster. "plain" is plain_loss, by autograd."""
-    torch.manual_seed(0)
-    hidden, t_hidden, head, t_head = (                          # logits are N(0, 2^2)
-        (torch.randn(n, C, device=device) * (2 * C**-0.5) ** 0.5).to(getattr(torch, dtype))
-        for n in (rows, vocab_size) for C in (width, teacher_width))
-    targets = torch.randint(vocab_size, (rows,), device=device)
-    n = math.ceil(rows / math.ceil(rows / chunk))
+    """What is compared, by name and objective, forward and backward each. "products" is the four
+    matmuls of a loss in its chunks, and nothing else: no loss is faster. "plain" is plain_loss, by
+    autograd."""
+    inputs = loss_inputs(getattr(torch, dtype), rows, width, teacher_width, vocab_size)
+    hidden, head, targets, t_hidden, t_head = (x.detach().to(device) for x in inputs)
+    hidden *= 2 * width**-0.5                                   # logits are N(0, 2^2)
+    t_hidden *= 2 * teacher_width**-0.5
+    leaves = hidden.requires_grad_(), head.requires_grad_()
+    chunks = math.ceil(rows / chunk)
 
     @torch.no_grad()
     def products():
-        z, w = hidden.new_empty(2, n, vocab_size)
+        z, w = hidden.new_empty(2, math.ceil(rows / chunks), vocab_size)
         head.grad, hidden.grad = torch.zeros_like(head), torch.empty_like(hidden)
-        for h, t, d_h in zip(hidden.split(n), t_hidden.split(n), hidden.grad.split(n)):
+        for h, t, d_h in zip(*(x.chunk(chunks) for x in (hidden, t_hidden, hidden.grad))):
             d_z = torch.mm(h, head.T, out=z[:len(h)])
             torch.mm(t, t_head.T, out=w[:len(h)])
             torch.mm(d_z, head, out=d_h)
@@ -2143,10 +2147,15 @@ def contestants(objectives, rows, width, teacher_width, vocab_size, chunk, dtype
         loss, _ = c.FusedLoss.apply(hidden, head, targets, t_hidden, t_head, s, 1.0, chunk)
         (loss / rows).backward()
 
-    leaves = hidden.requires_grad_(), head.requires_grad_()
-    steps = {name: functools.partial(fused, name) for name in objectives}
-    steps = {"products": products, "plain": plain, **steps}
+    steps = {("products", "rkl"): products, ("plain", "rkl"): plain}
+    steps |= {("fused", name): functools.partial(fused, name) for name in objectives}
     return {name: functools.partial(measure, step, leaves) for name, step in steps.items()}
+
+def weigh(name, sizes):
+    """The peak memory of one contestant, in a process of its own."""
+    steps = contestants(**sizes)
+    steps["products", "rkl"]()          # the library's own work space is taken, and stays
+    return steps[name]()[1]
 
 benchmark = click.Group(help="The benchmark of the loss. The tests are run by pytest.")
 
@@ -2160,43 +2169,36 @@ benchmark = click.Group(help="The benchmark of the loss. The tests are run by py
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("--plain/--no-plain", default=True, help="Also the loss with all logits at once.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list in place of the table.")
-@click.option("--weigh", hidden=True, help="Print the peak memory of this one alone, in bytes.")
-def bench_command(repeats, plain, as_json, weigh, **sizes):
+def bench_command(repeats, plain, as_json, **sizes):
     """Time and weigh the loss, forward and backward, against its bare matrix products."""
     sizes["device"] = c.choose_device(sizes["device"])
     steps = contestants(**sizes)
-    if weigh:
-        steps["products"]()             # the library's own work space is taken, and stays
-        return print(json.dumps(steps[weigh]()[1]))
-    own = sizes.pop("objectives")
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in sizes.items()]
-    flags += [f"--objective={name}" for name in own]
-    seconds, rows = {name: [] for name in steps if name != "plain" or plain}, []
-    for name in [*seconds] * (repeats + 1):     # all run once in a round; the first does not count
-        seconds[name].append(steps[name]()[0])
-    for name, (_, *times) in seconds.items():
-        alone = [sys.executable, __file__, "bench", *flags, f"--weigh={name}"]      # its peak
-        found = subprocess.run(alone, stdout=subprocess.PIPE, check=True).stdout
-        kind = ("fused", name) if name in own else (name, "rkl")
-        rows.append({"name": kind[0], "objective": kind[1], "seconds": float(np.median(times)),
-                     "seconds_all": times, "peak_bytes": json.loads(found),
-                     "ratio": float(np.median(np.divide(times, seconds["products"][1:])))})
-    lines = [f"{'':<9} {'objective':<9} seconds, median (range)  x products  peak, MB"] + [
-        f"{row['name']:<9} {row['objective']:<9} {row['seconds']:7.3f} "
-        f"({min(row['seconds_all']):.3f} to {max(row['seconds_all']):.3f}) {row['ratio']:11.2f} "
-        f"{(row['peak_bytes'] or 0) / 1e6:9,.0f}" for row in rows]
+    if not plain:
+        del steps["plain", "rkl"]
+    rounds = [[step()[0] for step in steps.values()] for _ in range(repeats + 1)]
+    seconds = np.array(rounds[1:])                              # the first one does not count
+    ratios = seconds / seconds[:, :1]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        peaks = pool.starmap(weigh, [(name, sizes) for name in steps], chunksize=1)
+    rows, lines = [], [f"{'':<9} {'objective':<9} seconds, median (range)  x products  peak, MB"]
+    for (name, objective), times, ratio, most in zip(steps, seconds.T, ratios.T, peaks):
+        median, ratio = float(np.median(times)), float(np.median(ratio))
+        rows.append({"name": name, "objective": objective, "seconds": median,
+                     "seconds_all": times.tolist(), "peak_bytes": most, "ratio": ratio})
+        lines.append(f"{name:<9} {objective:<9} {median:7.3f} ({min(times):.3f} to "
+                     f"{max(times):.3f}) {ratio:11.2f} {most / 1e6:9,.0f}")
     print(json.dumps(rows, indent=2) if as_json else "\n".join(lines))
 
 def test_bench_compares_and_weighs():
     command = "bench --rows 2000 --vocab-size 4000 --width 16 --teacher-width 16 --chunk 100 "
     rows = json.loads(invoke(command + "--objective rkl --objective ce --json").stdout)
-    assert [row["name"] for row in rows] == ["products", "plain", "fused", "fused"]
-    assert [row["objective"] for row in rows] == ["rkl", "rkl", "rkl", "ce"]
+    names = [f"{row['name']} {row['objective']}" for row in rows]
+    assert names == ["products rkl", "plain rkl", "fused rkl", "fused ce"]
     for row in rows:
         assert len(row["seconds_all"]) == 5 and row["ratio"] > 0
         assert 0 < min(row["seconds_all"]) <= row["seconds"] <= max(row["seconds_all"])
     plain, fused = (row["peak_bytes"] for row in rows[1:3])
-    assert plain is None or plain > 3 * max(4 * 2000 * 4000, fused)
+    assert not plain or plain > 3 * max(4 * 2000 * 4000, fused)
     table = invoke(command + "--repeats 1 --no-plain").stdout
     assert re.fullmatch(r".*\nproducts +rkl .*\nfused +rkl .*\n", table)
 
