@@ -142,8 +142,9 @@ def default_run(tmp_path_factory):
     """The folder in which the README's first command was run, with its output in out.txt."""
     folder = tmp_path_factory.mktemp("default")
     command = [sys.executable, HOME / "choobaca.py", *"train --objective rkl --teachers 1".split()]
-    with open(folder / "out.txt", "w") as out:
-        subprocess.run(command, cwd=folder, stdout=out, check=True)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (folder / "out.txt").write_text(done.stdout)
     return folder
 
 # -----------------------------------------------------------------------------
@@ -224,15 +225,15 @@ def test_encoding_is_as_its_docstring_shows(vocabulary, prefix):
     """"none" is BabyLlama's, of the whole text at once; a special token in the text is text."""
     exact = tokenizers.Tokenizer.from_str(vocabulary.tokenizer.to_str())    # adds no space
     exact.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    exact.encode_special_tokens = True
     wanted = []
     for piece in re.findall(r'<s>|".*?"', re.search(rf"{prefix} +<?.*", c.encode.__doc__)[0]):
-        text = "" if piece == "<s>" else ast.literal_eval(piece)
-        wanted += exact.encode(text, add_special_tokens=False).ids or [1]
+        wanted += [1] if piece == "<s>" else exact.encode(ast.literal_eval(piece)).ids
     text = "A dog.\nIt ran, didn't it?\n«No!»\n"
     shown, odd, full = (c.encode(vocabulary, lines, prefix, np.uint16).tolist() for lines in
                         (["A dog.", "It ran."], ["a <s> b"], text.splitlines()))
     assert shown == wanted and odd.count(1) == (prefix == "line")
-    assert (full == exact.encode(text, add_special_tokens=False).ids) == (prefix == "none")
+    assert (full == exact.encode(text).ids) == (prefix == "none")
 
 def test_ids_are_made_again_when_anything_changed(tmp_path, vocabulary):
     """That a damaged file is made again is proven with the other mutated files."""
@@ -257,16 +258,17 @@ def test_an_epoch_reads_every_row_once(offset):
     rows = c.count_rows(len(ids), s)
     order = c.row_starts(rows, s, 0)
     starts = torch.cat([c.batch_at(step, ids, s)[0][:, 0] for step in range(6)]).numpy()
-    assert (starts == order[:48]).all() and len(set(starts // 16)) >= 0.6 * 48
+    assert (starts == order[:48]).all() and len({*starts // 16}) >= 0.6 * 48
     assert max(order) + 17 <= len(ids) and (offset or sorted(order) == [*range(0, 800, 16)])
     assert (c.row_starts(rows, s, 1) != order).any()
 
 def test_a_batch_depends_on_seed_and_step_alone():
     ids, s = np.arange(5000, dtype=np.uint16), settings()
-    wanted, _, again, _ = (torch.cat(c.batch_at(step, ids, s), 1) for step in (70, 3, 70, 0))
-    assert torch.equal(wanted, again) and wanted.shape == (8, 32)
-    assert torch.equal(wanted[:, :16] + 1, wanted[:, 16:])
-    assert not torch.equal(c.batch_at(70, ids, settings(seed=1))[0], wanted[:, :16])
+    wanted = inputs, targets = c.batch_at(70, ids, s)
+    c.batch_at(3, ids, s)
+    assert all(map(torch.equal, c.batch_at(70, ids, s), wanted)) and inputs.shape == (8, 16)
+    assert torch.equal(inputs + 1, targets)
+    assert not torch.equal(c.batch_at(70, ids, settings(seed=1))[0], inputs)
     T, start, *shown = numbers(c.windows.__doc__.split("...,")[1])
     assert torch.cat(c.windows(ids, np.array([start]), T), 1).tolist() == [shown]
 
@@ -289,22 +291,21 @@ def test_a_position_sees_those_before_it_from_a_cache_or_not(kind):
 @every_kind
 def test_plain_attention_is_the_librarys_wherever_the_models_call_it(kind, monkeypatch):
     """In training, after a cache, under a tree's mask; with heads that share keys and values."""
-    library, uses = F.scaled_dot_product_attention, []
+    m, ids = model(sharp=5, layers=1, **kind), some_ids(2, 9)
+    tree = c.Tree(some_ids(2, 9, V=9), torch.eye(9).bool() | (randn(2, 1, 9, 9) > 0))
 
-    def compared(q, k, v, mask, is_causal, **rest):
-        uses.append((is_causal, mask is not None))
-        repeated = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        sees = torch.ones(q.shape[2], k.shape[2]).tril(0 if is_causal else 99).bool()
-        found = c.plain_attention(q, *repeated, sees if mask is None else mask)
-        assert alike(found, library(q, k, v, mask, is_causal=is_causal, **rest), 1e-6)
-        return found
+    def hidden():
+        cache = [[]]
+        return m.hidden(ids, cache), m.hidden(ids[:, :1], cache), m.hidden(ids, tree=tree)
 
-    monkeypatch.setattr(F, "scaled_dot_product_attention", compared)
-    m, ids, cache = model(sharp=5, layers=1, **kind), some_ids(2, 9), [[]]
-    m.hidden(ids, cache)
-    m.hidden(ids[:, :1], cache)
-    m.hidden(ids, tree=c.Tree(ids.fill_(0), torch.eye(9).bool() | (randn(2, 1, 9, 9) > 0)))
-    assert uses == [(True, False), (False, False), (False, True)]
+    def plain(q, k, v, mask, is_causal, **_):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        sees = torch.ones(q.shape[2], k.shape[2]).bool() if mask is None else mask
+        return c.plain_attention(q, k, v, sees.tril() if is_causal else sees)
+
+    wanted, plain = hidden(), Mock(side_effect=plain)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", plain)
+    assert alike(hidden(), wanted, 1e-5) and plain.call_count == 3
 
 def test_rotary_products_depend_on_distance_alone():
     angles = c.rotary_angles(20, 8, 10_000.0, "cpu")
@@ -314,12 +315,13 @@ def test_rotary_products_depend_on_distance_alone():
 
 def test_the_papers_sizes():
     """58M, 360M and 705M, to the digit, by formula and as built."""
-    V, C, L, I = 16_000, 512, 16, 1024
-    formula = 2 * V * C + L * (4 * C * C + 3 * C * I + 2 * C) + C
     llama = dict(width=1024, layers=24, inner=3072)
     gpt2 = dict(model_type="gpt2", width=1536, layers=24, heads=16, inner=6144, tied=True)
-    built = [c.count_parameters(c.empty_model(c.Settings(**kind), V)) for kind in ({}, llama, gpt2)]
-    assert built[0] == formula == 58_343_936 and [round(x / 1e6) for x in built] == [58, 360, 705]
+    built = [c.count_parameters(c.empty_model(c.Settings(**kind), 16_000))
+             for kind in ({}, llama, gpt2)]
+    C, L, I = 512, 16, 1024
+    assert built[0] == 2 * 16_000 * C + L * (4 * C * C + 3 * C * I + 2 * C) + C == 58_343_936
+    assert [round(x / 1e6) for x in built] == [58, 360, 705]
 
 @every_kind
 def test_initial_weights_by_role(kind):
@@ -329,9 +331,10 @@ def test_initial_weights_by_role(kind):
     assert torch.equal(torch.get_rng_state(), before), "the global stream was drawn on"
     assert all(map(torch.equal, m.parameters(), again.parameters()))
     for name, x in m.named_parameters():
-        wanted = 0.02 / math.sqrt(6) if "c_proj" in name else 0.02
-        assert abs(x.std() / wanted - 1) < 0.05 and abs(x.mean()) < 1e-3 if x.dim() > 1 else \
-            (x == (0 if name.endswith("bias") else 1)).all(), name
+        size = 0.02 / math.sqrt(6) if "c_proj" in name else 0.02
+        mean = 0 if x.dim() > 1 or name.endswith("bias") else 1
+        assert x.mean().item() == approx(mean, abs=1e-3), name
+        assert x.std().item() == approx(size if x.dim() > 1 else 0, rel=0.05), name
 
 @every_kind
 def test_transformers_reads_our_folders(tmp_path, vocabulary, kind):
@@ -479,7 +482,7 @@ def test_the_likely_tokens_are_the_fewest_that_reach_mu():
         assert alike(c.likely_share(q, p, mu)[:, 0], literal_share(q.log(), p.log(), mu)), mu
         assert (c.likely_share(p, p, mu) == 0.5).all()
     tied = torch.tensor([[0.4, 0.2, 0.2, 0.2], [0.1, 0.3, 0.3, 0.3]])
-    assert alike(c.likely_share(tied.flip(1), tied, 0.5), torch.tensor([[1.0], [0.5]]), 1e-6)
+    assert c.likely_share(tied.flip(1), tied, 0.5).flatten().tolist() == approx([1, 0.5])
 
 def test_single_step_is_reverse_kl():
     """MiniLLM's gradient: the mean over y ~ q of grad log q(y) (log q(y) - log p(y))."""
@@ -492,9 +495,8 @@ def test_the_worked_example_is_right_to_its_printed_digits():
     shown = LESSON.split("# An example with four tokens.")[1].split("# A step goes")[0].splitlines()
     p, q, r, (forward, *raised), (reverse, *lowered) = map(numbers, shown[3:8])
     u, v = torch.tensor([[q], [p]]).double().log()
-    found = u - v, *divergence("fkl", u, v, None), *divergence("rkl", u, v, None)
-    for x, y in zip(found, (r, forward, raised, reverse, lowered), strict=True):
-        assert (x - torch.tensor(y)).abs().max() < 5.01e-4, y
+    found = torch.cat([u - v, *divergence("fkl", u, v, None), *divergence("rkl", u, v, None)], 1)
+    assert found[0].tolist() == approx([*r, forward, *raised, reverse, *lowered], abs=5.01e-4)
     assert min(raised) == raised[1] and max(lowered) == lowered[3]      # "raise cat", "lower of"
 
 # -----------------------------------------------------------------------------
@@ -531,17 +533,6 @@ def test_fused_loss_is_the_whole_loss(changes, beta, monkeypatch):
     for chunk, cache in ((1, 57), (5, 57), (7, 2**17), (23, 100), (100, 2**17)):
         monkeypatch.setattr(c, "CACHE", cache)
         assert alike(fused(inputs, beta, chunk, **changes), wanted)
-
-@every_objective
-def test_the_chunk_cannot_be_seen_in_fp32(changes):
-    inputs = loss_inputs(torch.float32, N=100, V=300)
-    first, *others = (fused(inputs, 0.7, chunk, **changes) for chunk in (1, 7, 64, 100))
-    assert all(off(b, a) <= 2e-6 for other in others for a, b in zip(first, other))
-
-def test_mixing_is_a_weight_under_reverse_kl():
-    """Eq. 2, the student's part constant: the gradient is exactly beta times the unmixed one."""
-    unmixed, mixed = (fused(loss_inputs(), beta, alpha=0.0)[1:3] for beta in (1.0, 0.3))
-    assert alike([0.3 * x for x in unmixed], mixed)
 
 def test_batchmean_is_pytorchs_and_babyllamas():
     """KLDivLoss(batchmean) on (B, T, V) logits: T times the mean over tokens."""
@@ -581,12 +572,12 @@ def test_half_precision(dtype, error, autocast):
 
 class Largest(TorchDispatchMode):
     """The size of the largest tensor that any operation made."""
-    elements, size = 0, staticmethod(torch.Tensor.numel)
+    elements = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         made = filter(torch.is_tensor, out if isinstance(out, (tuple, list)) else [out])
-        self.elements = max([self.elements, *map(self.size, made)])
+        self.elements = max([self.elements, *(tensor.numel() for tensor in made)])
         return out
 
 @mark.parametrize("objective", ["ce", *LITERAL])
@@ -597,16 +588,6 @@ def test_no_array_of_all_logits_is_ever_held(objective):
             fused(loss_inputs(torch.float32, N=N, V=V), 0.7, chunk, objective=objective)
         sizes.append(largest.elements)
     assert chunk * V <= sizes[0] <= 4 * chunk * V and sizes[1] <= max(sizes[0], 2000 * 12)
-
-def test_the_tiny_case_of_fused_losss_docstring():
-    """Sizes of arrays with a number for each token of V; a stack of them counts as several."""
-    N, V, C, *chunks = numbers(c.FusedLoss.__doc__.split("A tiny case")[1])
-    inputs = loss_inputs(N=N, V=V, C=C, C_=C)
-    for chunk, elements in zip(chunks[:3], chunks[3:], strict=True):
-        with Largest() as top:
-            top.size = lambda x: (x.shape[-1:] == (V,)) * x.is_contiguous() * x.shape[-2:].numel()
-            found = fused(inputs, chunk=chunk)
-        assert top.elements == elements and alike(found, whole(inputs))
 
 def test_two_teachers_are_the_mean_of_their_logits():
     teachers = [model(sharp=5, seed=1), model(sharp=5, seed=2, model_type="gpt2", width=48)]
@@ -649,16 +630,6 @@ def test_accumulation_changes_nothing():
         assert off(step_of(m, coach, 0.7, micro_batch=rows), row) < 1e-5
         assert off(m.head.grad, first.head.grad) < 1e-5
 
-@every_divergence
-def test_every_divergence_trains_and_the_teacher_stays(name):
-    """A student that sees nothing but the divergence comes closer to its teacher."""
-    m, teacher = model(), model(sharp=6, seed=5)
-    coach = c.Coach([teacher])
-    losses = [step_of(m, coach, objective=name, alpha=0.0, lr=3e-3)[2] for _ in range(60)]
-    assert losses[39] < 0.7 * losses[0] and losses[59] < 0.5 * losses[0]
-    for p, before in zip(teacher.parameters(), model(sharp=6, seed=5).parameters()):
-        assert torch.equal(p, before) and p.grad is None
-
 # -----------------------------------------------------------------------------
 # 7. Minimal pairs
 
@@ -668,7 +639,7 @@ def sentences(*texts, context=""):
 
 def plain_score(m, vocabulary, text):
     """A text alone, by lm-evaluation-harness's rule, all logits at once, in float64."""
-    given, ids = (vocabulary.tokenizer.encode(part, add_special_tokens=False).ids
+    given, ids = (vocabulary.tokenizer.encode(part).ids
                   for part in (text[0].rstrip(), "".join(text)))
     if not text[0]:
         given, ids = [0], [vocabulary.prefix_id, *ids]
@@ -807,16 +778,16 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     """And what two processes write at once does not mix."""
     path = tmp_path / "x"
     path.write_text("old")
-    before = path.stat().st_ino
     with raises(ZeroDivisionError), c.written_whole(path) as file:
         file.write(b"new" * (1 // 0))
     assert path.read_text() == "old"
     with c.written_whole(path) as file:
         file.write(b"AAA")
-        monkeypatch.setattr(os, "getpid", lambda: 0)
-        with c.written_whole(path) as other:
-            other.write(b"BBBB")
-        assert path.read_text() == "BBBB" and path.stat().st_ino != before
+        with monkeypatch.context() as patch, open(path) as before:
+            patch.setattr(os, "getpid", lambda: 0)
+            with c.written_whole(path) as other:
+                other.write(b"BBBB")
+            assert before.read() == "old" and path.read_text() == "BBBB"
         file.write(b"AAA")
     assert path.read_text() == "AAAAAA" and list(tmp_path.iterdir()) == [path]
 
@@ -825,24 +796,24 @@ def test_a_saved_model_comes_back(tmp_path, vocabulary, kind):
     m, ids = model(V=vocabulary.size, sharp=5, **kind), torch.arange(400).view(25, 16)
     c.save_model(tmp_path, m, vocabulary)
     back, same = c.load_model(tmp_path, "cpu")
-    assert all(map(torch.equal, m.parameters(), back.parameters())) and back.config.positions == 32
-    assert torch.equal(logits(m, ids), logits(back, ids)) and same.files == vocabulary.files
+    assert torch.equal(logits(m, ids), logits(back, ids)) and back.config.positions == 32
+    assert same.files == vocabulary.files
 
 def test_what_other_programs_write_is_read(tmp_path, vocabulary):
     """Old names, masks, bf16 and shards; a theta said twice, or once as null; prefix tokens."""
-    m, path = model(V=vocabulary.size, model_type="gpt2", tied=True), tmp_path / "config.json"
+    m = model(V=vocabulary.size, model_type="gpt2", tied=True)
     c.save_model(tmp_path, m, vocabulary)
     (tmp_path / "model.safetensors").unlink()
-    old = [*m.bfloat16().state_dict().items()]
-    c.write_safetensors(tmp_path / "a", dict(old[::2], **{"h.0.attn.bias": torch.ones(1, 1, 4, 4)}))
-    c.write_safetensors(tmp_path / "b", dict(old[1::2]))
+    old = m.bfloat16().state_dict() | {"h.0.attn.bias": torch.ones(1, 1, 4, 4)}
+    for i, shard in enumerate("ab"):
+        c.write_safetensors(tmp_path / shard, dict([*old.items()][i::2]))
     c.write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"x": "a", "y": "b"}})
     back, _ = c.load_model(tmp_path, "cpu")
     assert all(map(torch.equal, back.parameters(), m.float().parameters()))
     for theta in (777.0, None):
         twice = {"rope_theta": theta, "rope_parameters": {"rope_theta": 777.0}}
-        c.write_json(path, c.to_hf_config(settings(), vocabulary) | twice)
-        assert c.from_hf_config(path)[0].rope_theta == 777.0
+        c.write_json(tmp_path / "x", c.to_hf_config(settings(), vocabulary) | twice)
+        assert c.from_hf_config(tmp_path / "x")[0].rope_theta == 777.0
     for name, roles, wanted in (("special_tokens_map", "{}", 1), ("tokenizer_config", "{}", 1),
                                 ("tokenizer_config", '{"eos_token": {"content": "</s>"}}', 2),
                                 ("special_tokens_map", '{"bos_token": "<pad>"}', 0)):
@@ -907,18 +878,20 @@ def test_what_is_finished_is_used_again_if_it_is_the_same(here, monkeypatch):
         assert "another process is training this run" in untrained("r/1")
     train("r/1")
     (teacher,), (scores,) = here.glob("r/teacher-*"), here.glob("r/1/blimp-*")
-    weight = teacher / "model.safetensors"
-    before = weight.stat().st_mtime_ns, scores.read_bytes()
+
+    def times():
+        return [path.stat().st_mtime_ns for path in (teacher / "model.safetensors", scores)]
+
+    before = times()
     told = train("r/2", "--lr 1e-3 --objective fkl --alpha 0.3").stderr
     assert f"{teacher.name}: found, reusing it" in told
     train("r/3", "--context 16")
     other, = {*here.glob("r/teacher-*")} - {teacher}
     Path("a.txt").write_text((TINY / "train.txt").read_text()[:400_000])
-    assert "found, reusing it" in train("r/1", "--resume").stderr
     for flags, wanted in (("--text .", "text is "), ("--lr 0.5", "lr is 0.5, but "),
                           (f"--teacher {other}", "teachers is [")):
         assert wanted in untrained("r/1", f"--resume {flags}")
-    assert before == (weight.stat().st_mtime_ns, scores.read_bytes())
+    assert before == times() and "found, reusing it" in train("r/1", "--resume").stderr
     train("r/2", f"--teacher {teacher} --overwrite")
     record, facts = c.read_json(Path("r/2/run.json")), c.read_json(teacher / "run.json")
     assert record["teachers"] == [str(teacher)] == [record["settings"]["tokenizer"]]
@@ -1236,9 +1209,9 @@ def test_ties_means_and_groups(here, monkeypatch, capsys):
     scores = np.loadtxt("-3 -3, -1 -2, -1 -2, -2 -1, -1 -2, -2 -1, -1 -2, -2 -1, -3 -3".split(","))
     result = c.summarise(pairs, scores)
     rows = [*result["paradigms"].values(), result["phenomena"]["argument_structure"], result]
-    found = [f"{row['accuracy']:.4f} {row['n']} {row['ties']}" for row in rows]
-    assert found == ["1.0000 2 1", "0.5000 6 0", "1.0000 1 1", "0.7500 8 1", "0.8333 9 2"]
-    assert rows[1]["stderr"] == approx(np.std([1, 0] * 3, ddof=1) / 6**0.5)
+    found = [f"{row['accuracy']:.4f} {row['stderr']:.4f} {row['n']} {row['ties']}" for row in rows]
+    assert found[:3] == ["1.0000 0.0000 2 1", "0.5000 0.2236 6 0", "1.0000 0.0000 1 1"]
+    assert found[3:] == ["0.7500 0.1118 8 1", "0.8333 0.0745 9 2"]
     table, short = (c.pairs_table({"a": result, "b": result}, paradigms=x) for x in (True, False))
     assert re.search("argument_structure +8 +75.0 .* 75.0.*\n  1 ", table) and "\n  1 " not in short
     scores[:4] = np.loadtxt("nan -1, -1 nan, -inf -inf, inf -1".split(","))
@@ -1293,26 +1266,24 @@ def test_compare(saved, vocabulary):
     for seed, name in enumerate(("guess", "good", "same")):
         shutil.copytree("model", name)
         wrong = np.random.default_rng(seed).random(2000) > (0.8 if seed else 0.5)
-        scores = np.stack([-1.0 - 2 * wrong, np.full(2000, -2.0)], 1)
-        c.keep_scores(Path(name), "blimp", pairs, scores)
+        c.keep_scores(Path(name), "blimp", pairs, np.stack([-1.0 - 2 * wrong, wrong - 2.0], 1))
     rows = "(.*\n){3}term0 .* better\nterm1 .* better\nall .* better\n\n"
     told = invoke("compare guess good same").stdout
     assert re.match(f"good against guess{rows}same against guess{rows}Better or worse", told)
+    for other, wanted in (("guess", "all .* worse"), ("same", "all .*not distinguishable"),
+                          ("good", r"(.*\+0.00% \(  \+0.00% to   \+0.00%\).*\n){3}")):
+        assert re.search(wanted, invoke(f"compare good {other}").stdout)
     whole = json.loads(invoke("compare guess good --json").stdout)[0]["rows"][-1]
     assert whole["difference"] == approx(whole["other"] - whole["first"])
     assert whole["low"] < 0.3 < whole["high"] and whole["p"] < 1e-9 and whole["n"] == 2000
     one = [c.Scores([("term", "p", 1)], np.array([x])) for x in (1.0, 0.0)]
     assert "not distinguishable on these pairs" == c.compare_scores(*one)[-1]["verdict"]
-    for other, wanted in (("guess", "all .* worse"), ("same", "all .*not distinguishable"),
-                          ("good", r"(.*\+0.00% \(  \+0.00% to   \+0.00%\).*\n){3}")):
-        assert re.search(wanted, invoke(f"compare good {other}").stdout)
     path, = Path("same").glob("blimp-*.jsonl")
     c.keep_scores(Path("same"), "blimp", pairs[:3], np.zeros((3, 2)))   # a sample replaces nothing
-    head, first, *rest = path.read_text().splitlines()
-    long = first.replace("-2.0", "-2" + "0" * 400)
-    for damaged, wanted in (([head, *rest], "cut off"), ([head, *rest[::-1], first], "other pairs"),
-                            ([head, long, *rest], "is damaged"), (["[]"], "is damaged")):
-        path.write_text("\n".join(damaged))
+    head, *lines = path.read_text().splitlines()
+    for damaged, wanted in ((lines[1:], "cut off"), (lines[::-1], "other pairs"),
+                            (["[]"] * 2000, "is damaged")):
+        path.write_text("\n".join([head, *damaged]))
         assert wanted in error("compare good same")
     c.save_model(Path("good"), model(V=vocabulary.size, seed=1), vocabulary)
     assert "of other weights" in error("compare good guess")
@@ -1584,16 +1555,17 @@ def test_the_files_bars():
 def test_the_readmes_commands_run(default_run, here):
     """One after the other, but for names in capitals, and made small where it would take long."""
     shutil.copytree(default_run / "runs", "runs")
-    teacher, tiny, config = *Path("runs").glob("t*-llama-*"), TINY, HOME / "configs/tiny.toml"
-    names = {"TRAIN_DIR": tiny, "DEV_DIR": tiny, "BLIMP_DIR": tiny / "blimp", "400000": 30_000,
-             "TEACHER": teacher, "runs/TEACHER": teacher, "runs/OTHER": teacher, "data/tiny": tiny,
-             "DIR": "runs/tiny-rkl-1-seed0", "data/blimp-filtered": tiny / "blimp",
-             "configs/small.toml": config, "configs/rv-1-24.toml": config}
+    teacher, = Path("runs").glob("t*-llama-*")
+    names = dict(pair.split("=") for pair in f"""
+        TRAIN_DIR={TINY} DEV_DIR={TINY} BLIMP_DIR={TINY}/blimp TEACHER={teacher} 400000=30000
+        runs/TEACHER={teacher} runs/OTHER={teacher} DIR=runs/tiny-rkl-1-seed0 data/tiny={TINY}
+        data/blimp-filtered={TINY}/blimp configs/small.toml={HOME}/configs/tiny.toml
+        configs/rv-1-24.toml={HOME}/configs/tiny.toml""".split())
     small = {"train": "--steps 2 --warmup 1 --sample 20", "bench": "--rows 32 --vocab-size 64"}
     commands = re.findall(r"^ {4}((?:python|torchrun) .*)", re.sub(r"\\\n *", "", README), re.M)
     assert len(commands) > 12
     for i, command in enumerate(commands):
-        words = [str(names.get(word, word)) for word in shlex.split(command, comments=True)]
+        words = [names.get(word, word) for word in shlex.split(command, comments=True)]
         start = 1 if words[0] == "python" else 3
         program, verb, *args = [*words[start:], *small.get(words[start + 1], "").split()]
         args += ["-o", f"runs/{i}"] * (verb == "train" and not {"-o", "--out"} & {*words})
@@ -1842,20 +1814,18 @@ def test_a_source_is_unpacked_then_cleaned_or_filtered(tmp_path, monkeypatch, na
     data, raw, made = tmp_path / "data", {}, {}
     work = data / f"{name}.partial"
     work.mkdir(parents=True)
+    kept, rare = (b'{"sentence_good":  "%b", "sentence_bad": ""}\n' % x for x in (b"A", b"Dims"))
     for i, listing in enumerate(LISTINGS[name], 1):
-        contents = {}
-        for member, _, path in (entry.partition("=") for entry in listing.split()):
-            two = [f'{{"sentence_good":  "{member}", "sentence_bad": "{word}"}}\n'.encode()
-                   for word in ("A", "Dims")]
-            contents[member] = both = b"".join(two)
-            if path:
-                raw[f"{name}/{path}"] = both
-            if path and name == "blimp":
-                made[f"{name}-filtered/{path}"] = two[0]
-            if path and "babylm" in name:
+        entries = [entry.partition("=") for entry in listing.split()]
+        (work / f"{i}.zip").write_bytes(zipped({member: kept + rare for member, *_ in entries}))
+        for path in [path for *_, path in entries if path]:
+            raw[f"{name}/{path}"] = kept + rare
+            if name == "blimp":
+                made[f"blimp-filtered/{path}"] = kept
+            if "babylm" in name:
                 spaces = b" " if re.search("childes|bnc", path) else b"  "
-                made[f"{name}/{path.replace('/', '-clean/')}"] = both.replace(b"  ", spaces)
-        (work / f"{i}.zip").write_bytes(zipped(contents))
+                path = path.replace("/", "-clean/")
+                made[f"{name}/{path}"] = (kept + rare).replace(b"  ", spaces)
     known = load.SOURCES[name]
     assert not known[0].digest or f"expected {known[0].digest}" in error(name)
     monkeypatch.setitem(load.SOURCES, name, [source._replace(digest="") for source in known])
@@ -1934,13 +1904,10 @@ def table_of(page):
     heads, *rows = [["".join(cell.itertext()) for cell in row] for row in table]
     return [dict(zip(heads, row)) for row in rows]
 
-@fixture(scope="module")
-def two_runs(tmp_path_factory):
-    """A student and its teacher, of 24 steps."""
-    student = tmp_path_factory.mktemp("runs") / "x-drkl-1"
-    flags = "--width 32 --layers 1 --inner 32 --steps 24 --sample 40 --objective drkl --gamma 2"
-    invoke(f"train {flags} --teachers 1 -o {student}")
-    return student, *student.parent.glob("teacher-*")
+@fixture
+def two_runs(default_run):
+    """A student and its teacher."""
+    return default_run / "runs/tiny-rkl-1-seed0", *default_run.glob("runs/teacher-*")
 
 def test_a_report_shows_what_the_runs_are(two_runs, tmp_path):
     student, teacher = two_runs
@@ -1948,14 +1915,14 @@ def test_a_report_shows_what_the_runs_are(two_runs, tmp_path):
     rows = table_of(student / "report.html")
     for run, row in zip(two_runs, rows):
         *log, last = history(run)
-        mean = 100 * c.read_scores(*run.glob("blimp-*")).right.mean()   # two pairs of each paradigm
+        mean = 100 * c.read_scores(*run.glob("blimp-*")).right.mean()   # paradigms are alike long
         assert row["blimp, %"].startswith(f"{mean:.1f} ± ")
         assert row["loss"] == f"{np.mean([line['loss'] for line in log[-20:]]):.3f}"
         assert row["dev loss"] == f"{last['dev_loss']:.3f}"
-    shown = [f"{row['run']}, {row['objective']}, {row['teachers']}, {row['steps']}" for row in rows]
-    assert shown == [f"● x-drkl-1{student}, 0.5 ce + 2 drkl at temperature 2, gamma 2, "
-                     f"{teacher.name}, 24", f"● {teacher.name}{teacher}, ce, none, 24"]
-    assert rows[1]["kl"] == ""
+    shown = [f"{row['run']}; {row['objective']}; {row['teachers']}; {row['steps']}" for row in rows]
+    assert shown == [
+        f"● {student.name}{student}; 0.5 ce + 2 rkl at temperature 2; {teacher.name}; 999",
+        f"● {teacher.name}{teacher}; ce; none; 999"] and rows[1]["kl"] == ""
     invoke(f"report {student} {teacher} -o {tmp_path}/a.svg")
     titles = re.findall('"title">(.*?)[ ,-].*?</text>', (tmp_path / "a.svg").read_text())
     assert titles == ["Accuracy", "Cross", "Divergence", "Loss", "Learning", "Beta"]
@@ -1974,31 +1941,33 @@ def test_a_report_of_a_killed_run_of_a_plain_model_and_of_hostile_names(two_runs
     plain = shutil.copytree(run, tmp_path / "plain")
     for path in (run / "model.safetensors", plain / "run.json", *run.glob("blimp-*")):
         path.unlink()
-    with open(run / "log.jsonl", "a") as log:
-        log.write('{"step": 41, "loss": 0.')
+    (run / "log.jsonl").write_text('{"step": 40, "loss": 0.5}\n{"step": 41, "loss": 0.')
     facts = c.read_json(run / "run.json") | {"teachers": [bad, 3, "\ud800"]}
+    facts["settings"] |= {"objective": "drkl", "gamma": 2}
     del facts["settings"]["progressive"]                # as an older version would
     c.write_json(run / "run.json", facts)
     command = shlex.join(map(str, ["report", plain, run, "-o", out]))
     assert "No accuracies" in invoke(command).stderr
     first, second = table_of(out)
-    assert [*first.values()][2:] == [""] * 8
-    assert second["teachers"] == f"{bad}, 3, ?" and second["steps"] == "24, unfinished"
+    assert not any([*first.values()][2:])
+    assert second["objective"] == "0.5 ce + 2 drkl at temperature 2, gamma 2"
+    assert second["teachers"] == f"{bad}, 3, ?" and second["steps"] == "40, unfinished"
 
 def test_a_report_of_what_is_damaged_is_one_sentence(two_runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("run", "twin"):
         shutil.copytree(two_runs[0], name)
-    facts, (scores,) = Path("run/run.json").read_text(), Path("run").glob("blimp*")
-    cases = [("run.json", text) for text in ("{", "{}", facts.replace("2.0", "[]"))]
-    cases += [("log.jsonl", text + '\n{"step": 1}\n') for text in (
-        "[]", '{"loss": 1}', '{"step": "a"}', '{"step": 1, "loss": []}', '{"step": NaN}')]
-    for name, text in (*cases, ("log.jsonl", ""), ("config.json", "[]"), (scores.name, "{")):
+    scores, = Path("run").glob("blimp*")
+    bad_lines = '[] {"loss":1} {"step":"a"} {"step":1,"loss":[]} {"step":NaN}'.split()
+    for name, texts in {
+            "run.json": ("{", "{}", Path("run/run.json").read_text().replace("2.0", "[]")),
+            "log.jsonl": ("", *(line + '\n{"step": 1}\n' for line in bad_lines)),
+            "config.json": ["[]"], scores.name: ["{"]}.items():
         path = Path("run", name)
         kept = path.read_bytes()
-        path.write_text(text)
-        assert str(path) in error("report run -o a.html")
-        assert not os.path.exists("a.html")
+        for text in texts:
+            path.write_text(text)
+            assert str(path) in error("report run -o a.html") and not os.path.exists("a.html")
         path.write_bytes(kept)
     Path("twin", scores.name).write_text(scores.read_text().replace('"line": ', '"line": 1'))
     for runs, wanted in (("run twin", "of different pairs"), ("run run", "1 to 8 different"),
@@ -2018,26 +1987,21 @@ def test_a_chart_takes_any_numbers_and_has_few_round_ticks():
         assert len(dots) == 9 and max(dots) < 300 and not re.search("nan|inf", chart)
 
 def test_in_the_toy_all_find_the_teacher_and_each_fits_its_part_first():
-    """AKL paper, Figures 2 and 3, from 20 starts a teacher: forward KL fits the head first, reverse
-    KL the far tail, and without Adam the whole tail."""
-    p = torch.stack([*figures.toy_teachers(POINTS).values()]).repeat_interleave(20, 0)
-    start = torch.rand(80, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    falling = p.sort(-1, descending=True)[0]
-    head = p >= falling.gather(1, (falling.cumsum(1) < 0.5).sum(1, True)) * (1 - 1e-9)
-    far = p < 1e-3                                      # which two modes have not
-
-    def gaps(name, epochs, optimizer):                  # by epoch, student and point
-        q, _ = figures.fit_distribution(p, name, start, lambda z: z, epochs, optimizer)
-        return (q - p).abs()
-
-    adam = {name: gaps(name, 200, "adam") for name in LITERAL}
-    assert all(gap[-1].max() < 1e-3 for gap in adam.values())
-    more = adam["rkl"] - adam["fkl"]                    # reverse KL's error less forward KL's
-    assert ((more * head).sum(-1)[1:8] > 0).all()
-    assert ((more * far).sum(-1)[1:11, far.any(1)] < 0).all()
-    assert ((more * ~head).sum(-1)[1:5] > 0).double().mean() > 0.95
-    more = gaps("rkl", 50, "sgd") - gaps("fkl", 50, "sgd")
-    assert ((more * ~head).sum(-1)[1:] < 0).all()
+    """AKL paper, Figures 2 and 3: forward KL fits the head first, reverse KL the far tail, and
+    without Adam the whole tail."""
+    for how, objectives in (("adam", LITERAL), ("sgd", ("fkl", "rkl"))):
+        flags = " ".join(f"--objective {name}" for name in objectives)
+        told = invoke(f"toy --json --optimizer {how} {flags}").stdout
+        for teacher, result in json.loads(told).items():
+            rows = result["objectives"]                 # reverse KL's error less forward KL's:
+            head, tail, far = (np.subtract(rows["rkl"][part], rows["fkl"][part])
+                               for part in ("head", "tail", "far"))
+            if how == "sgd":
+                assert (tail[1:51] < 0).all()
+                continue
+            assert max(row["largest"] for row in rows.values()) < 1e-3
+            assert (head[1:8] > 0).all() and (tail[1:5] > 0).all()
+            assert teacher == "two modes" or (far[1:11] < 0).all()      # which has no far tail
 
 @mark.parametrize("name", c.DIVERGENCES)
 def test_the_toy_descends_by_the_divergences_gradients(name):
@@ -2067,8 +2031,8 @@ def test_toy_shows_where_modes_are_sought(tmp_path):
     assert fits["two narrow modes", "rkl"] == approx((7.5, 0.5), abs=0.01)
     assert min(fits["two modes", name][1] for name in ("fkl", "rkl", "akl")) > 2
     assert len(ElementTree.parse(tmp_path / "toy.svg").getroot()[1:]) == 4 * 3
-    lines = invoke("toy --objective drkl --epochs 6").stdout.splitlines()
-    assert len(lines) == 2 + 4 * 2 + 2 and {len(line.split()[-1]) for line in lines[2:-2]} == {25}
+    told = invoke("toy --objective drkl --epochs 6").stdout
+    assert re.fullmatch("(.*\n){2}((.* [▁-█]{25}\n){2}){4}\n.*\n", told)
     assert "'ce' is not one of" in error("toy --objective ce", 2)
 
 # -----------------------------------------------------------------------------
