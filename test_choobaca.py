@@ -234,7 +234,6 @@ def test_encoding_is_as_its_docstring_shows(vocabulary, prefix):
     assert (full == exact.encode(text).ids) == (prefix == "none")
 
 def test_ids_are_made_again_when_anything_changed(tmp_path, vocabulary):
-    """That a damaged file is made again is proven with the other mutated files."""
     def ids(text, key):
         return c.encode_once(tmp_path / "x.ids", vocabulary, [text], "line", {"text": key})
 
@@ -385,7 +384,7 @@ def divergence(name, u, v, targets, **changes):
 
 def literal(name, u, v, targets, **changes):
     """Value and gradient by the definition and autograd, in float64."""
-    u = u.double().requires_grad_()
+    u = u.detach().double().requires_grad_()
     logs = u.log_softmax(-1), v.double().log_softmax(-1)
     value = LITERAL[name](*logs, targets, settings(**changes))
     return value.detach()[:, None], *torch.autograd.grad(value.sum(), u)
@@ -504,8 +503,7 @@ def whole(inputs, beta=1.0, **changes):
 @mark.parametrize("changes", [
     *(dict(objective=name) for name in ("ce", *LITERAL)),
     *(dict(objective=name, mixing="differentiated") for name in LITERAL),
-    dict(temperature=1.0, alpha=0.2), dict(alpha=0.0, reduction="batchmean"),
-    dict(objective="fkl", temperature=4.0, alpha=0.9)])
+    dict(alpha=0.0, reduction="batchmean"), dict(objective="fkl", temperature=4.0, alpha=0.9)])
 @mark.parametrize("beta", [1.0, 0.7, 0.1])
 def test_fused_loss_is_the_whole_loss(changes, beta, monkeypatch):
     """Whatever the chunk, and the rows that a core works on at once; the paper's k = 5 is one."""
@@ -1002,23 +1000,24 @@ def test_what_is_no_checkpoint_of_this_run_is_refused(here, monkeypatch):
     """Nor does a pickle in it run code; nor is a step believed that none is left after."""
     for out, flags in (("y", "--seed 1"), ("x", "")):
         stopped(monkeypatch, 2)
-        train(out, flags, 130)
-    path, bad = Path("x/state.pt"), Mischief()
+        train(out, f"--precision fp32 {flags}", 130)
+    path, bad, again = Path("x/state.pt"), Mischief(), "--precision fp32 --resume "
     whole, state = path.read_bytes(), torch.load(path)
-    assert "lr is 0.5, but x was begun with 0.003" in untrained("x", "--resume --lr 0.5")
-    assert "vocab-size is 301" in untrained("x", "--resume --vocab-size 301")
+    assert "lr is 0.5, but x was begun with 0.003" in untrained("x", again + "--lr 0.5")
+    assert "vocab-size is 301" in untrained("x", again + "--vocab-size 301")
     shutil.copy("y/state.pt", path)
-    assert "of another run" in untrained("x", "--resume")
+    assert "of another run" in untrained("x", again)
     for harm in (bad, *(state | {key: bad} for key in ("seconds", "model")), state | {"step": 6},
                  whole[:-999], pickle.dumps(bad)):
         path.write_bytes(harm) if isinstance(harm, bytes) else torch.save(harm, path)
-        assert "damaged" in untrained("x", "--resume") and not os.path.exists("done")
+        assert "damaged" in untrained("x", again) and not os.path.exists("done")
     pickle.loads(harm)
     assert os.path.exists("done")                       # and this is what it would have done
     path.write_bytes(whole)
-    facts = c.describe_run
-    monkeypatch.setattr(c, "describe_run", lambda *run: facts(*run) | {"device": "H200"})
-    assert "another kind of device" in untrained("x", "--resume")
+    monkeypatch.setattr(c, "choose_device", lambda name: "cuda")    # pretend a GPU, up to where the
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_: module)       # checkpoint is read
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
+    assert "another kind of device" in untrained("x", again)
 
 def test_a_full_disk_leaves_the_last_checkpoint(here, monkeypatch):
     """Ids, a checkpoint, a log that find no room: one sentence each, and what was there stays."""
@@ -1216,7 +1215,6 @@ def test_compare(saved, vocabulary):
                           ("good", r"(.*\+0.00% \(  \+0.00% to   \+0.00%\).*\n){3}")):
         assert re.search(wanted, invoke(f"compare good {other}").stdout)
     whole = json.loads(invoke("compare guess good --json").stdout)[0]["rows"][-1]
-    assert whole["difference"] == approx(whole["other"] - whole["first"])
     assert whole["low"] < 0.3 < whole["high"] and whole["p"] < 1e-9 and whole["n"] == 2000
     path, = Path("same").glob("blimp-*.jsonl")
     c.keep_scores(Path("same"), "blimp", pairs[:3], np.zeros((3, 2)))   # a sample replaces nothing
@@ -1483,7 +1481,7 @@ def test_the_files_bars():
     assert not [(name, x.id) for name, node in defined.items() for x in ast.walk(node)
                 if isinstance(x, ast.Name) and defined.get(x.id, node).lineno > node.end_lineno]
     constants = {constant for _, constant in c.DIVERGENCES.values()}
-    assert c.KNOWN.keys() <= {*re.findall(r"\w\.(\w+)", SOURCE)} | constants
+    assert c.KNOWN.keys() <= {*re.findall(r"(?<=\w)\.(\w+)", SOURCE)} | constants
     quiet = "Import ImportFrom Assign FunctionDef ClassDef".split()
     rest = [ast.unparse(node)[:14] for node in tree.body[1:] if type(node).__name__ not in quiet]
     assert rest == ["if sys.version", "os.environ.set", "try:\n    impor", "if __name__ =="]
