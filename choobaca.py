@@ -1205,7 +1205,7 @@ def fingerprint(vocabulary):
     parts = json.loads(vocabulary.tokenizer.to_str())
     parts = [parts[key] for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")]
     parts = json.dumps(parts).encode()
-    return digest(parts, str(vocabulary.prefix_id).encode())
+    return digest(parts, f"{vocabulary.prefix_id}".encode())
 
 def encode_once(path, vocabulary, lines, prefix):
     """Encode lines into the file at `path`, or read it if it was made of just these."""
@@ -1272,7 +1272,6 @@ class GPT2Block(nn.Module):
         self.mlp = nn.ModuleDict({"c_fc": Conv1D(C, I), "c_proj": Conv1D(I, C)})
 
     def forward(self, x, past, mask):
-        # attention
         causal = not past and mask is None
         q, k, v = self.attn["c_attn"](self.ln_1(x)).chunk(3, dim=-1)
         k, v = extend_cache(past, split_heads(k, self.heads), split_heads(v, self.heads))
@@ -1925,12 +1924,13 @@ def confidence_interval(differences):
     means = np.array([difference.mean() for difference in differences])
     sample = means if len(means) > 1 else differences[0]
     n = len(sample)
-    error = 1.0
-    if n > 1:
-        error = sample.std(ddof=1) / math.sqrt(n)
-    # the 97.5 % quantile of Student's t, from a million draws: we have no SciPy
-    draws = np.random.default_rng(0).standard_t(max(1, n - 1), 10**6)
-    reach = error * np.quantile(np.abs(draws), 0.95)
+    error = sample.std(ddof=1) / math.sqrt(n) if n > 1 else 1.0
+    # The 97.5 % quantile of Student's t: sqrt(df) tan(angle) has it if angle has cos^(df - 1).
+    df = max(1, n - 1)
+    angle = np.linspace(0, math.pi / 2, 20_000)
+    mass = np.cumsum(np.cos(angle) ** (df - 1))
+    quantile = angle[np.searchsorted(mass, 0.95 * mass[-1])]
+    reach = error * math.sqrt(df) * math.tan(quantile)
     ends = np.array([-reach, reach]) + means.mean()
     return ends.clip(-1, 1).tolist()
 
@@ -2036,8 +2036,8 @@ def plan_runs(out, folders, settings, described, corpus, device):
     """Return a command's runs: the teachers, in these folders or as described, and the student."""
     # A described teacher's folder is named by a hash: it serves all students.
     beside = Path(os.path.relpath(out.resolve().parent))
-    shapes = [from_hf_config(folder / "config.json")[0] for folder in folders]
-    runs = [Run("", folder, shape, given=True) for folder, shape in zip(folders, shapes)]
+    runs = [Run("", folder, from_hf_config(folder / "config.json")[0], given=True)
+            for folder in folders]
     for own in described:
         facts = [[getattr(own, name) for name in RECIPE], corpus.digests]
         name = f"teacher-{own.model_type}-{digest(json.dumps(facts).encode())[:8]}"

@@ -1,19 +1,20 @@
 """The tests of choobaca.py, in the order of its sections: python -m pytest -q
 
-Every fast version is held against the literal definition, in float64 where that matters. Tests that
-compare with Hugging Face's transformers are skipped where it is not installed. The benchmark of the
-loss is here as well: python test_choobaca.py bench
+Every fast version is held against the literal definition, in float64 where that matters. Tests with
+Hugging Face's transformers are skipped where it is not installed. The benchmark of the loss is here
+as well: python test_choobaca.py bench
 """
 import _thread
 import ast
+import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.util
 import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -26,72 +27,81 @@ import socket
 import socketserver
 import subprocess
 import sys
-import tarfile
 import threading
 import time
+import tokenize
 import urllib.request
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 from xml.etree import ElementTree
 
 # One thread: as fast for such small models, and not 5 times slower beside another busy process.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+sys.path.append(str(Path(__file__).resolve().parent / "data"))
+
 import choobaca as c
 import click
+import download as load
+import figures
+import make_tiny
 import numpy as np
-import pytest
 import tokenizers
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
+from pytest import approx, fixture, importorskip, mark, raises
 from torch.utils._python_dispatch import TorchDispatchMode
 
 HOME = Path(__file__).resolve().parent
 TINY = HOME / "data/tiny"
-SMALL = dict(width=32, layers=2, heads=2, inner=48, positions=32, context=16, batch_size=8)
+RUN = "runs/tiny-rkl-1-seed0"
+SMALL = dict(width=32, layers=2, heads=2, inner=48, positions=32, context=16, batch_size=8,
+             objective="rkl", teachers=1)
 
 def settings(**changes):
     return c.Settings(**{**SMALL, **changes})
 
+def sharpened(m, factor):
+    """A model with its matrices scaled, so that its logits are far from equal."""
+    for parameter in m.parameters():
+        parameter.data *= factor if parameter.dim() > 1 else 1
+    return m
+
 def model(V=50, seed=0, sharp=1.0, **changes):
-    """A small model; `sharp` scales its matrices, so that its logits are far from equal."""
-    made = c.new_model(settings(**changes), V, seed)
-    with torch.no_grad():
-        for parameter in made.parameters():
-            parameter.mul_(sharp if parameter.dim() > 1 else 1.0)
-    return made
+    """A small model."""
+    return sharpened(c.new_model(settings(**changes), V, seed), sharp)
 
 def logits(m, ids):
     return m.hidden(ids) @ m.head.T
 
-def invoke(*args, code=0):
-    """The result of a command, checked to have ended with the exit code and no traceback."""
-    result = CliRunner().invoke(c.cli, [str(arg) for arg in args])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+def invoke(command, code=0):
+    """The result of a command of one of the programs, checked to end so and with no traceback."""
+    words = shlex.split(command)
+    program = next(x for x in (c.cli, load.cli, figures.cli, benchmark) if words[0] in x.commands)
+    result = CliRunner().invoke(program, words)
+    assert isinstance(result.exception, SystemExit | None), result.exception
     assert result.exit_code == code, result.output
     return result
 
-def script(name):
-    """A script of data/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, HOME / f"data/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def error(command, code=1):
+    """What a command says that ends with an error: one sentence, and it prints nothing."""
+    result = invoke(command, code)
+    assert result.stdout == "" and result.stderr.count("Error: ") == 1
+    assert result.stderr.split("Error: ")[1].count("\n") == 1, result.stderr
+    return result.stderr
 
 def brief_config(folder, extra="", teachers=""):
     """A TOML file of a run of seconds, with two teachers."""
     path = folder / "brief.toml"
     path.write_text(f"""
-        text = "{TINY}"
         pairs = "{TINY / "blimp"}"
         vocab_size = 300
         context = 32
-        positions = 128
         batch_size = 8
         width = 32
         layers = 1
-        heads = 2
         inner = 32
         steps = 6
         warmup = 2
@@ -111,26 +121,23 @@ def brief_config(folder, extra="", teachers=""):
         """)
     return path
 
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    return c.read_corpus(settings(vocab_size=400), tmp_path_factory.mktemp("cache"))
+@fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    return c.read_corpus(settings(vocab_size=400), tmp_path_factory.mktemp("cache")).vocabulary
 
-@pytest.fixture(scope="module")
-def vocabulary(corpus):
-    return corpus.vocabulary
+@fixture
+def saved(tmp_path, monkeypatch, vocabulary):
+    """A model's folder, in the test's, which is made the current one."""
+    monkeypatch.chdir(tmp_path)
+    c.save_model(Path("model"), model(V=vocabulary.size), vocabulary)
+    return Path("model")
 
-@pytest.fixture
-def saved(tmp_path, vocabulary):
-    """A model's folder."""
-    c.save_model(tmp_path / "model", model(V=vocabulary.size), vocabulary)
-    return tmp_path / "model"
-
-@pytest.fixture(scope="session")
+@fixture(scope="session")
 def default_run(tmp_path_factory):
     """The folder in which the README's first command was run, with its output in out.txt."""
     folder = tmp_path_factory.mktemp("default")
-    command = [sys.executable, HOME / "choobaca.py", "train", "--objective", "rkl"]
-    done = subprocess.run([*command, "--teachers", "1"], cwd=folder, capture_output=True, text=True)
+    command = [sys.executable, HOME / "choobaca.py", *"train --objective rkl --teachers 1".split()]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     (folder / "out.txt").write_text(done.stdout)
     return folder
@@ -152,6 +159,10 @@ def some_ids(*shape, V=50):
 def alike(found, wanted, tolerance=1e-10):
     return all(torch.allclose(a, b, tolerance, tolerance) for a, b in zip(found, wanted))
 
+def off(found, wanted, dim=None):
+    """The relative error, as a norm."""
+    return (found - wanted).norm(dim=dim) / wanted.norm(dim=dim)
+
 def loss_inputs(dtype=torch.float64, N=23, C=8, C_=12, V=57):
     """hidden, head, targets, the teacher's hidden and head."""
     hidden, t_hidden, head, t_head = (randn(*shape, seed=seed).to(dtype) for seed, shape in
@@ -160,7 +171,7 @@ def loss_inputs(dtype=torch.float64, N=23, C=8, C_=12, V=57):
 
 def fused(inputs, beta=1.0, chunk=8, **changes):
     """The loss, its gradients for hidden and head, and its two parts."""
-    s = settings(**{"teachers": 1, "objective": "rkl", **changes})
+    s = settings(**changes)
     loss, parts = c.FusedLoss.apply(*inputs, s, beta, chunk)
     return loss, *torch.autograd.grad(loss, inputs[:2]), parts
 
@@ -168,10 +179,10 @@ BATCH = some_ids(8, 16), some_ids(8, 16).roll(-1, 1)
 
 def step_of(m, coach=None, *how, **changes):
     """A step of training, at beta = 1 if nothing else is said: loss, its parts, gradient's norm."""
-    s = settings(**{"teachers": 1, "objective": "rkl" if coach else "ce", **changes})
+    s = settings(**changes) if coach else settings(objective="ce")
     return c.train_step(m, c.make_optimizer(m, s), coach, *BATCH, s, *(how or [1.0]))
 
-@pytest.mark.parametrize("tau, alpha", [(2.0, 0.5), (1.0, 0.2), (4.0, 0.9), (2.0, 0.0), (2.0, 1.0)])
+@mark.parametrize("tau, alpha", [(2.0, 0.5), (1.0, 0.2), (4.0, 0.9), (2.0, 0.0), (2.0, 1.0)])
 def test_the_lesson_in_five_lines_is_the_fused_loss(tau, alpha):
     """With its gradients; the one for the logits also as it is written out by hand."""
     hidden, head, targets, t_hidden, t_head = inputs = loss_inputs()
@@ -182,13 +193,18 @@ def test_the_lesson_in_five_lines_is_the_fused_loss(tau, alpha):
     assert alike(fused(inputs, temperature=tau, alpha=alpha), [loss, *wanted])
 
 def test_distil_in_short_trains_a_student_by_the_gradient_of_train_step():
-    student, same, teacher = model(), model(), model(sharp=6, seed=5).eval()
+    """However many rows it takes at once."""
+    student, teacher, rows = model(), model(sharp=6, seed=5), []
+    coach = c.Coach([teacher])
     c.distil_in_short(student, teacher, [BATCH])
-    first = step_of(same, c.Coach([teacher]), clip=0.0)
-    for p, q in zip(student.parameters(), same.parameters()):
-        assert (p.grad - q.grad).norm() < 1e-4 * q.grad.norm()
+    for micro_batch in (0, 2, 1):
+        same = model()
+        rows.append(step_of(same, coach, 1.0, clip=0.0, micro_batch=micro_batch))
+        for p, q in zip(student.parameters(), same.parameters()):
+            assert off(p.grad, q.grad) < 1e-4
+    assert alike(rows, rows[:1] * 3, 1e-5)
     c.distil_in_short(student, teacher, [BATCH] * 60)
-    assert step_of(student, c.Coach([teacher]))[0] < 0.6 * first[0]
+    assert step_of(student, coach)[0] < 0.6 * rows[0][0]
 
 # -----------------------------------------------------------------------------
 # 2. Text to ids to batches
@@ -196,44 +212,37 @@ def test_distil_in_short_trains_a_student_by_the_gradient_of_train_step():
 def test_tokenizer_training_is_repeatable_and_any_text_survives(tmp_path):
     for name in "ab":
         c.save_tokenizer(tmp_path / name, c.train_tokenizer(c.read_text(TINY, r"train\.txt"), 500))
-    a, b = ((tmp_path / name / "tokenizer.json").read_bytes() for name in "ab")
-    tokenizer, prefix_id, _ = loaded = c.load_vocabulary(tmp_path / "a")
-    assert a == b and loaded.size == 500 and prefix_id == 1
-    assert [tokenizer.token_to_id(token) for token in ("<pad>", "<s>", "</s>")] == [0, 1, 2]
+    tokenizer, prefix_id, files = loaded = c.load_vocabulary(tmp_path / "a")
+    assert files == c.load_vocabulary(tmp_path / "b").files and loaded.size == 500
+    ids = [tokenizer.token_to_id(token) for token in ("<pad>", "<s>", "</s>")]
+    assert ids == [0, prefix_id, 2] == [0, 1, 2]
     text = " Tom’s naïve 🐈 said: \t£5!"
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids) == text
     assert c.train_tokenizer(["ab cd"], 300).get_vocab_size() == 3 + 256    # each pair occurs once
 
-@pytest.mark.parametrize("prefix", ["line", "none"])
+@mark.parametrize("prefix", ["line", "none"])
 def test_encoding_is_as_its_docstring_shows(vocabulary, prefix):
     """"none" is BabyLlama's, of the whole text at once; a special token in the text is text."""
     exact = tokenizers.Tokenizer.from_str(vocabulary.tokenizer.to_str())    # adds no space
     exact.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    wanted = []
-    for piece in re.findall(r'<s>|".*?"', re.search(rf"{prefix} +<?.*", c.encode.__doc__)[0]):
-        text = "" if piece == "<s>" else ast.literal_eval(piece)
-        wanted += exact.encode(text, add_special_tokens=False).ids or [1]
+    exact.post_processor = tokenizers.processors.ByteLevel()
+    example = re.search(rf"{prefix} +<?.*", c.encode.__doc__)[0].replace("<s>", '"<s>"')
+    wanted = exact.encode("".join(map(ast.literal_eval, re.findall('".*?"', example)))).ids
     text = "A dog.\nIt ran, didn't it?\n«No!»\n"
     shown, odd, full = (c.encode(vocabulary, lines, prefix, np.uint16).tolist() for lines in
                         (["A dog.", "It ran."], ["a <s> b"], text.splitlines()))
     assert shown == wanted and odd.count(1) == (prefix == "line")
-    assert (full == exact.encode(text, add_special_tokens=False).ids) == (prefix == "none")
+    assert (full == exact.encode(text).ids) == (prefix == "none")
 
 def test_ids_are_made_again_when_anything_changed(tmp_path, vocabulary, monkeypatch):
     def ids(text, prefix="line"):
-        return c.encode_once(path, vocabulary, [text], prefix)
+        return c.encode_once(tmp_path / "x.ids", vocabulary, [text], prefix)
 
-    path = tmp_path / "x.ids"
     first = ids("A dog.")
     with monkeypatch.context() as patch:
         patch.delattr(c, "encode")
         assert first.dtype == np.uint16 and (ids("A dog.") == first).all()
     assert len({len(ids("A dog.", "none")), len(ids("Two dogs.")), len(first)}) == 3
-    full = path.read_bytes()
-    for damaged in (full[:-1], full[:99], b"", full + b"ab", full[:-1] + b"\7", b"x" * len(full)):
-        path.write_bytes(damaged)
-        ids("Two dogs.")
-        assert path.read_bytes() == full
 
 def test_text_is_sorted_and_what_is_held_out_is_not_read_twice(tmp_path):
     os.mkfifo(tmp_path / "pipe.train")
@@ -243,61 +252,47 @@ def test_text_is_sorted_and_what_is_held_out_is_not_read_twice(tmp_path):
     texts = [read.vocabulary.tokenizer.decode(part.tolist()) for part in (read.train, read.dev)]
     assert texts == [" a.txt indented b.train indented", " c.dev indented dev.txt indented"]
 
-@pytest.mark.parametrize("offset", [False, True])
+@mark.parametrize("offset", [False, True])
 def test_an_epoch_reads_every_row_once(offset):
     s, ids = settings(random_offset=offset), np.arange(16 * 51, dtype=np.uint16)
     rows = c.count_rows(len(ids), s)
     order = c.row_starts(rows, s, 0)
     starts = torch.cat([c.batch_at(step, ids, s)[0][:, 0] for step in range(6)]).numpy()
-    assert (starts == order[:48]).all() and len(set(starts // 16)) >= 0.6 * 48
+    assert (starts == order[:48]).all() and len({*starts // 16}) >= 0.6 * 48
     assert max(order) + 17 <= len(ids) and (offset or sorted(order) == [*range(0, 800, 16)])
     assert (c.row_starts(rows, s, 1) != order).any()
 
 def test_a_batch_depends_on_seed_and_step_alone():
     ids, s = np.arange(5000, dtype=np.uint16), settings()
-    wanted, _, again, _ = (torch.cat(c.batch_at(step, ids, s), 1) for step in (70, 3, 70, 0))
-    assert torch.equal(wanted, again) and wanted.shape == (8, 32)
-    assert torch.equal(wanted[:, :16] + 1, wanted[:, 16:])
-    assert not torch.equal(c.batch_at(70, ids, settings(seed=1))[0], wanted[:, :16])
+    wanted = inputs, targets = c.batch_at(70, ids, s)
+    c.batch_at(3, ids, s)
+    assert all(map(torch.equal, c.batch_at(70, ids, s), wanted)) and inputs.shape == (8, 16)
+    assert torch.equal(inputs + 1, targets)
+    assert not torch.equal(c.batch_at(70, ids, settings(seed=1))[0], inputs)
     T, start, *shown = numbers(c.windows.__doc__.split("...,")[1])
     assert torch.cat(c.windows(ids, np.array([start]), T), 1).tolist() == [shown]
 
 # -----------------------------------------------------------------------------
 # 3. Models
 
-every_kind = pytest.mark.parametrize("kind", [
+every_kind = mark.parametrize("kind", [
     dict(), dict(tied=True), dict(kv_heads=1, rope_theta=500.0), dict(model_type="gpt2"),
     dict(model_type="gpt2", tied=True)])
 
 @every_kind
 def test_a_position_sees_those_before_it_from_a_cache_or_not(kind):
-    m, ids, cache = model(sharp=5, **kind).eval(), some_ids(3, 16), [[], []]
-    before = m.hidden(ids)
-    after = m.hidden(torch.cat([ids[:, :9], (ids[:, 9:] + 1) % 50], 1))
+    m, ids, cache = model(sharp=5, **kind), some_ids(3, 16, V=49), [[], []]
+    before, after = m.hidden(ids), m.hidden(ids + (torch.arange(16) > 8))
     assert alike(before[:, :9], after[:, :9], 1e-6) and not alike(before[:, 9:], after[:, 9:], 1e-3)
     parts = [m.hidden(part, cache) for part in (ids[:, :5], *ids[:, 5:].split(1, 1))]
     assert alike(torch.cat(parts, 1), before, 1e-5)
 
-@every_kind
-def test_plain_attention_is_the_librarys_wherever_the_models_call_it(kind, monkeypatch):
-    """In training, after a cache, under a tree's mask; with heads that share keys and values."""
-    library, uses = F.scaled_dot_product_attention, []
-
-    def compared(q, k, v, mask, is_causal, **rest):
-        uses.append((is_causal, mask is not None))
-        repeated = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        sees = torch.ones(q.shape[2], k.shape[2]).tril(0 if is_causal else 99).bool()
-        found = c.plain_attention(q, *repeated, sees if mask is None else mask)
-        assert alike(found, library(q, k, v, mask, is_causal=is_causal, **rest), 1e-6)
-        return found
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", compared)
-    m, ids, cache = model(sharp=5, layers=1, **kind), some_ids(2, 9), [[]]
-    m.hidden(ids, cache)
-    m.hidden(ids[:, :1], cache)
-    sees = torch.eye(9).bool() | (randn(2, 1, 9, 9) > 0)
-    m.hidden(ids, tree=c.Tree(some_ids(2, 9, V=9), sees))
-    assert uses == [(True, False), (False, False), (False, True)]
+def test_plain_attention_is_the_librarys():
+    q, k, v = randn(3, 2, 4, 9, 8)
+    before, some = torch.ones(9, 9).tril().bool(), torch.eye(9).bool() | (randn(2, 1, 9, 9) > 0)
+    library = F.scaled_dot_product_attention
+    assert alike(c.plain_attention(q, k, v, before), library(q, k, v, is_causal=True))
+    assert alike(c.plain_attention(q, k, v, some), library(q, k, v, some))
 
 def test_rotary_products_depend_on_distance_alone():
     angles = c.rotary_angles(20, 8, 10_000.0, "cpu")
@@ -306,33 +301,34 @@ def test_rotary_products_depend_on_distance_alone():
         assert (q @ k.T).diagonal(distance).std() < 1e-5
 
 def test_the_papers_sizes():
-    """58M, 360M and 705M, to the digit, by formula and as built."""
-    V, C, L, I = 16_000, 512, 16, 1024
-    formula = 2 * V * C + L * (4 * C * C + 3 * C * I + 2 * C) + C
+    """58M, 360M and 705M, as the paper counts them."""
+    llama = dict(width=1024, layers=24, inner=3072)
     gpt2 = dict(model_type="gpt2", width=1536, layers=24, heads=16, inner=6144, tied=True)
-    llama, built = dict(width=1024, layers=24, inner=3072), []
-    for kind in ({}, llama, gpt2):
-        built.append(c.count_parameters(c.empty_model(c.Settings(**kind), V)))
-    assert built[0] == formula == 58_343_936 and [round(x / 1e6) for x in built] == [58, 360, 705]
+    built = [c.count_parameters(c.empty_model(c.Settings(**kind), 16_000))
+             for kind in ({}, llama, gpt2)]
+    assert built[0] == 58_343_936 and [round(x / 1e6) for x in built] == [58, 360, 705]
 
 @every_kind
 def test_initial_weights_by_role(kind):
-    """Every matrix by its own role: a projection back into GPT-2's residual stream is smaller."""
+    """A projection back into GPT-2's residual stream is smaller. A step changes every parameter."""
     before = torch.get_rng_state()
     m, again = (c.new_model(settings(width=128, inner=256, layers=3, **kind), 500, 7) for _ in "ab")
     assert torch.equal(torch.get_rng_state(), before), "the global stream was drawn on"
     assert all(map(torch.equal, m.parameters(), again.parameters()))
-    for name, x in m.named_parameters():
-        wanted = 0.02 / math.sqrt(6) if "c_proj" in name else 0.02
-        assert abs(x.std() / wanted - 1) < 0.05 and abs(x.mean()) < 1e-3 if x.dim() > 1 else \
-            (x == (0 if name.endswith("bias") else 1)).all(), name
+    step_of(again)
+    for (name, x), stepped in zip(m.named_parameters(), again.parameters()):
+        size = 0.02 / math.sqrt(6) if "c_proj" in name else 0.02
+        mean = 0 if x.dim() > 1 or name.endswith("bias") else 1
+        assert x.mean().item() == approx(mean, abs=1e-3), name
+        assert x.std().item() == approx(size if x.dim() > 1 else 0, rel=0.05), name
+        assert "c_attn.bias" in name or not torch.equal(x, stepped), name
 
 @every_kind
 def test_transformers_reads_our_folders(tmp_path, vocabulary, kind):
-    transformers = pytest.importorskip("transformers")
-    m, ids = model(V=vocabulary.size, sharp=5, **kind).eval(), some_ids(2, 16, V=300)
+    transformers = importorskip("transformers")
+    m, ids = model(V=vocabulary.size, sharp=5, **kind), some_ids(2, 16, V=300)
     c.save_model(tmp_path, m, vocabulary)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert (theirs(ids).logits - logits(m, ids)).abs().max() < 1e-5
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert (theirs.bos_token, theirs.eos_token) == ("<s>", "</s>")
@@ -343,7 +339,7 @@ def test_transformers_reads_our_folders(tmp_path, vocabulary, kind):
 @every_kind
 def test_what_transformers_makes_of_our_folders(tmp_path, vocabulary, kind):
     """A classifier of padded batches, and text that ends where our lines end."""
-    transformers = pytest.importorskip("transformers")
+    transformers = importorskip("transformers")
     m = model(V=vocabulary.size, **kind).eval()
     m.head.data[1] = 10 * m.head.data[1]
     c.save_model(tmp_path, m, vocabulary)
@@ -391,8 +387,7 @@ def literal_drkl(log_q, log_p, targets, gamma):
     return literal_kl(*two) + gamma * literal_kl(*rest)
 
 LITERAL = {
-    "fkl": lambda q, p, t, s: literal_kl(p, q),
-    "rkl": lambda q, p, t, s: literal_kl(q, p),
+    "fkl": lambda q, p, t, s: literal_kl(p, q), "rkl": lambda q, p, t, s: literal_kl(q, p),
     "fkl+rkl": lambda q, p, t, s: literal_both(q, p, s.fkl_weight),
     "akl": lambda q, p, t, s: literal_both(q, p, literal_share(q, p, s.mu)),
     "akl-r": lambda q, p, t, s: literal_both(q, p, 1 - literal_share(q, p, s.mu)),
@@ -401,17 +396,17 @@ LITERAL = {
     "jsd": lambda q, p, t, s: literal_jsd(q, p, s.jsd_beta),
     "drkl": lambda q, p, t, s: literal_drkl(q, p, t, s.gamma)}
 CONSTANTS = dict(fkl_weight=0.3, mu=0.4, skew=0.2, jsd_beta=0.7, gamma=0.8)    # no defaults
-every_divergence = pytest.mark.parametrize("name", c.DIVERGENCES)
+every_divergence = mark.parametrize("name", c.DIVERGENCES)
 
 def divergence(name, u, v, targets, **changes):
     """Value and gradient, as FusedLoss gets them: u without its rows' maxima."""
-    s = settings(teachers=1, objective=name, **changes)
+    s = settings(objective=name, **changes)
     scratch = u.new_empty(2, *u.shape)
     return c.divergence_(s, 1.0, u - u.amax(-1, True), v.clone(), targets, scratch)
 
 def literal(name, u, v, targets, **changes):
     """Value and gradient by the definition and autograd, in float64."""
-    u = u.double().requires_grad_()
+    u = u.detach().double().requires_grad_()
     logs = u.log_softmax(-1), v.double().log_softmax(-1)
     value = LITERAL[name](*logs, targets, settings(**changes))
     return value.detach()[:, None], *torch.autograd.grad(value.sum(), u)
@@ -419,21 +414,18 @@ def literal(name, u, v, targets, **changes):
 def near(name, *args, **changes):
     value, slope = divergence(name, *args, **changes)
     wanted, right = literal(name, *args, **changes)
-    return (value - wanted).sum().abs() < 1e-5 * wanted.sum() and \
-        (slope - right).norm() < 1e-5 * right.norm()
+    return off(value.sum(), wanted.sum()) < 1e-5 and off(slope, right) < 1e-5
 
 @every_divergence
-@pytest.mark.parametrize("V, rows", [(3, 256), (57, 256), (16_000, 8)])
+@mark.parametrize("V, rows", [(3, 256), (57, 256), (16_000, 8)])
 def test_divergences_and_their_gradients(name, V, rows):
-    """Against the literal definition, which is also the file's: 1e-10 in float64, 1e-5 in fp32."""
+    """Against the literal definition: 1e-10 in float64, 1e-5 in fp32."""
     targets = some_ids(rows, 1, V=V)
-    definition, constant = c.DIVERGENCES[name]
     for seed, (scale, tau) in enumerate(itertools.product((0.1, 1.0, 10.0), (1, 2, 4))):
         u, v = scale * randn(2, rows, V, seed=seed).float() / tau
-        wanted = literal(name, u, v, targets, **CONSTANTS)
-        found = divergence(name, u.double(), v.double(), targets, **CONSTANTS)
-        assert found[0].shape == (rows, 1) and (found[0] > 0).all() and alike(found, wanted)
-        assert alike(c.by_autograd(definition, u, v, targets, CONSTANTS.get(constant)), wanted)
+        value, slope = divergence(name, u.double(), v.double(), targets, **CONSTANTS)
+        assert value.shape == (rows, 1) and (value > 0).all()
+        assert alike((value, slope), literal(name, u, v, targets, **CONSTANTS))
         if name.startswith("akl"):      # Eq. 12 jumps: leave out the rows where rounding may decide
             logs = u.double().log_softmax(-1), v.double().log_softmax(-1)
             low, high = (literal_share(*logs, CONSTANTS["mu"] + step) for step in (-2e-6, 2e-6))
@@ -452,11 +444,10 @@ def test_no_divergence_breaks_at_the_ends_of_fp32(name):
     teachers = flat, ruled, sure, other, nearly, randn(40, seed=1).float()
     cases = itertools.product(students, teachers, torch.tensor([0, 3, 7, 35]))
     a, b, t = map(torch.stack, zip(*cases))
-    value, gradient = divergence(name, a, b, t[:, None])
-    assert value.isfinite().all() and gradient.isfinite().all() and (value > -1e-6).all()
     one, head = torch.eye(len(a)).requires_grad_(), a.T.contiguous().requires_grad_()
-    found = fused((one, head, t, one, b.T.nan_to_num(neginf=-3e38)), objective=name)
-    assert all(x.isfinite().all() for x in found)
+    found = (*divergence(name, a, b, t[:, None]),
+             *fused((one, head, t, one, b.T.nan_to_num(neginf=-3e38)), objective=name))
+    assert all(x.isfinite().all() for x in found) and (found[0] > -1e-6).all()
 
 @every_divergence
 def test_neither_level_nor_size_costs_a_digit(name):
@@ -469,32 +460,25 @@ def test_neither_level_nor_size_costs_a_digit(name):
     for scale in (0.01, 8.0):
         assert near(name, scale * z, 0.08 / scale * w, some_ids(8, 1, V=16_000))
 
-@pytest.mark.parametrize("tau", [0.5, 9.0, 30.0])
+@mark.parametrize("tau", [0.5, 9.0, 30.0])
 def test_no_temperature_breaks_the_loss(tau):
     """softmax(z / tau) to the power of tau has no number left for it at such sizes."""
     one, head = torch.eye(3).requires_grad_(), (0.3 * randn(20_000, 3).float()).requires_grad_()
     *found, parts = fused((one, head, torch.arange(3), one, 0.5 * head), temperature=tau)
     wanted = F.cross_entropy(head.T, torch.arange(3), reduction="sum")
-    assert abs(parts[0] / wanted - 1) < 1e-5 and all(x.isfinite().all() for x in found)
-
-def test_skewed_divergences_become_the_plain_ones_and_jsd_0():
-    u, v = 2 * randn(2, 9, 30)
-    for skewed, plain in (("skl", "fkl"), ("srkl", "rkl")):
-        assert alike(divergence(skewed, u, v, None, skew=1e-10), literal(plain, u, v, None), 1e-5)
-    assert divergence("jsd", u, v, None, jsd_beta=1e-6)[0].max() < 1e-4
+    assert off(parts[0], wanted) < 1e-5 and all(x.isfinite().all() for x in found)
 
 @every_divergence
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_a_student_that_is_sure_or_rules_the_target_out(name, dtype, tolerance):
     """1 - q from 1e-1 to 1e-7; and logits so low that q is 0 in fp32 and, from -708 on, float64."""
     z, w = randn(2, 14, 57).to(dtype)
     w[:, 0] = w[:, 1:].logsumexp(-1) + 2
     z[:7, 0] = z[:7, 1:].logsumexp(-1) + torch.arange(1, 8) * math.log(10)
     z[7:, 0] = -torch.tensor([100, 200, 300, 500, 700, 708, 1000])
-    rows = 14
-    inputs = z[:rows], w[:rows], torch.zeros(rows, 1, dtype=torch.long)
+    inputs = z, w, torch.zeros(14, 1, dtype=torch.long)
     for found, wanted in zip(divergence(name, *inputs), literal(name, *inputs)):
-        assert ((found - wanted).norm(dim=-1) < tolerance * wanted.norm(dim=-1)).all()
+        assert (off(found, wanted, -1) < tolerance).all()
 
 def test_the_likely_tokens_are_the_fewest_that_reach_mu():
     """One at least; what ties with the last one is likely, too; of equal models, one half."""
@@ -503,7 +487,7 @@ def test_the_likely_tokens_are_the_fewest_that_reach_mu():
         assert alike(c.likely_share(q, p, mu)[:, 0], literal_share(q.log(), p.log(), mu)), mu
         assert (c.likely_share(p, p, mu) == 0.5).all()
     tied = torch.tensor([[0.4, 0.2, 0.2, 0.2], [0.1, 0.3, 0.3, 0.3]])
-    assert alike(c.likely_share(tied.flip(1), tied, 0.5), torch.tensor([[1.0], [0.5]]), 1e-6)
+    assert c.likely_share(tied.flip(1), tied, 0.5).flatten().tolist() == approx([1, 0.5])
 
 def test_single_step_is_reverse_kl():
     """MiniLLM's gradient: the mean over y ~ q of grad log q(y) (log q(y) - log p(y))."""
@@ -516,9 +500,8 @@ def test_the_worked_example_is_right_to_its_printed_digits():
     shown = LESSON.split("# An example with four tokens.")[1].split("# A step goes")[0].splitlines()
     p, q, r, (forward, *raised), (reverse, *lowered) = map(numbers, shown[3:8])
     u, v = torch.tensor([[q], [p]]).double().log()
-    found = u - v, *divergence("fkl", u, v, None), *divergence("rkl", u, v, None)
-    for x, y in zip(found, (r, forward, raised, reverse, lowered), strict=True):
-        assert (x - torch.tensor(y)).abs().max() < 5.01e-4, y
+    found = torch.cat([u - v, *divergence("fkl", u, v, None), *divergence("rkl", u, v, None)], 1)
+    assert found[0].tolist() == approx([*r, forward, *raised, reverse, *lowered], abs=5.01e-4)
     assert min(raised) == raised[1] and max(lowered) == lowered[3]      # "raise cat", "lower of"
 
 # -----------------------------------------------------------------------------
@@ -526,7 +509,7 @@ def test_the_worked_example_is_right_to_its_printed_digits():
 
 def whole(inputs, beta=1.0, **changes):
     """What fused returns, by the paper's Eqs. 1, 2 and 9 with all logits at once."""
-    s = settings(**{"teachers": 1, "objective": "rkl", **changes})
+    s = settings(**changes)
     hidden, head, targets, t_hidden, t_head = inputs
     kept = targets >= 0
     z, w = hidden[kept] @ head.T, t_hidden[kept] @ t_head.T
@@ -539,14 +522,11 @@ def whole(inputs, beta=1.0, **changes):
         loss = s.alpha * ce + (1 - s.alpha) * (s.context if s.reduction == "batchmean" else 1) * kl
     return loss, *torch.autograd.grad(loss, inputs[:2]), torch.stack([ce, kl])
 
-every_objective = pytest.mark.parametrize("changes", [
+@mark.parametrize("changes", [
     *(dict(objective=name) for name in ("ce", *LITERAL)),
     *(dict(objective=name, mixing="differentiated") for name in LITERAL),
-    dict(temperature=1.0, alpha=0.2), dict(alpha=0.0, reduction="batchmean"),
-    dict(objective="fkl", temperature=4.0, alpha=0.9)])
-
-@every_objective
-@pytest.mark.parametrize("beta", [1.0, 0.7, 0.1])
+    dict(alpha=0.0, reduction="batchmean"), dict(objective="fkl", temperature=4.0, alpha=0.9)])
+@mark.parametrize("beta", [1.0, 0.7, 0.1])
 def test_fused_loss_is_the_whole_loss(changes, beta, monkeypatch):
     """Whatever the chunk, and the rows that a core works on at once; the paper's k = 5 is one."""
     inputs, changes = loss_inputs(), changes | CONSTANTS
@@ -556,21 +536,6 @@ def test_fused_loss_is_the_whole_loss(changes, beta, monkeypatch):
         monkeypatch.setattr(c, "CACHE", cache)
         assert alike(fused(inputs, beta, chunk, **changes), wanted)
 
-@every_objective
-def test_the_chunk_cannot_be_seen_in_fp32(changes):
-    inputs = loss_inputs(torch.float32, N=100, V=300)
-    first, *others = (fused(inputs, 0.7, chunk, **changes) for chunk in (1, 7, 64, 100))
-    for other in others:
-        assert all((a - b).norm() <= 2e-6 * a.norm() for a, b in zip(first, other))
-
-def test_the_step_wise_loss_is_the_whole_loss():
-    """Segments of k = 5 tokens, each with a loss of its own: they add up, gradients too."""
-    hidden, head, targets, t_hidden, t_head = inputs = loss_inputs()
-    loss, s = 0, settings(teachers=1, objective="rkl")
-    for h, target, t in zip(hidden.split(5), targets.split(5), t_hidden.split(5)):
-        loss += c.FusedLoss.apply(h, head, target, t, t_head, s, 0.7, 100)[0]
-    assert alike((loss, *torch.autograd.grad(loss, inputs[:2])), fused(inputs, 0.7))
-
 def test_mixing_is_a_weight_under_reverse_kl():
     """Eq. 2, the student's part constant: the gradient is exactly beta times the unmixed one."""
     unmixed, mixed = (fused(loss_inputs(), beta, alpha=0.0)[1:3] for beta in (1.0, 0.3))
@@ -579,50 +544,45 @@ def test_mixing_is_a_weight_under_reverse_kl():
 def test_batchmean_is_pytorchs_and_babyllamas():
     """KLDivLoss(batchmean) on (B, T, V) logits: T times the mean over tokens."""
     hidden, head, _, t_hidden, t_head = inputs = loss_inputs(N=3 * 16)
-    loss, *_ = fused(inputs, objective="fkl", alpha=0.0, reduction="batchmean", context=16)
-    log_q, log_p = ((x / 2).log_softmax(-1).view(3, 16, 57)
-                    for x in (hidden @ head.T, t_hidden @ t_head.T))
-    wanted = F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+    loss, *_ = fused(inputs, objective="fkl", alpha=0.0, reduction="batchmean")
+    z, w = (x.view(3, 16, -1) / 2 for x in (hidden @ head.T, t_hidden @ t_head.T))
+    wanted = F.kl_div(z.log_softmax(-1), w.softmax(-1), reduction="batchmean")
     assert alike([loss / (3 * 16)], [4 * wanted])
 
 def test_what_gets_a_gradient():
     """Only what asks for one; a tied head both of its own; and nothing where all is ignored."""
-    s, (hidden, head, *rest) = settings(teachers=1, objective="rkl"), loss_inputs()
-    loss, *both, _ = fused((hidden, head, *rest))
-    for i in range(2):
-        pair = [x.detach().requires_grad_(i == j) for j, x in enumerate((hidden, head))]
-        c.FusedLoss.apply(*pair, *rest, s, 1.0, 8)[0].backward()
-        assert torch.equal(pair[i].grad, both[i]) and pair[1 - i].grad is None
-    with torch.no_grad():
-        assert torch.equal(c.FusedLoss.apply(hidden, head, *rest, s, 1.0, 8)[0], loss)
-    tied = head[:23], head, *rest
+    hidden, head, targets, *teacher = loss_inputs()
+    _, *both, _ = fused((hidden, head, targets, *teacher))
+    for i, pair in enumerate([(hidden, head.detach()), (hidden.detach(), head)]):
+        alone, _ = c.FusedLoss.apply(*pair, targets, *teacher, settings(), 1.0, 8)
+        assert torch.equal(torch.autograd.grad(alone, pair[i])[0], both[i])
+    tied = head[:23], head, targets, *teacher
     assert alike(fused(tied)[2:], whole(tied)[2:])
-    assert all((x == 0).all() for x in fused((hidden, head, rest[0] * 0 - 100, *rest[1:])))
+    assert not any(x.any() for x in fused((hidden, head, targets * 0 - 100, *teacher)))
 
-@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 0.02), (torch.float16, 0.005)])
-@pytest.mark.parametrize("autocast", [True, False])
+@mark.parametrize("dtype, error", [(torch.bfloat16, 0.02), (torch.float16, 0.005)])
+@mark.parametrize("autocast", [True, False])
 def test_half_precision(dtype, error, autocast):
     """The mean over many tokens: dividing before the matmuls would leave nothing of it in fp16."""
-    kind, s = torch.float32 if autocast else dtype, settings(teachers=1, objective="rkl")
+    kind = torch.float32 if autocast else dtype
     exact, inputs = (loss_inputs(dtype, N=4000, V=300) for dtype in (torch.float32, kind))
-    exact[2][:2000] = inputs[2][:2000] = -100                   # ignored
     with torch.autocast("cpu", dtype, enabled=autocast):
-        loss, _ = c.FusedLoss.apply(*inputs, s, 1.0, 512)
+        loss, _ = c.FusedLoss.apply(*inputs, settings(), 1.0, 512)
     scale = (2.0**16 if dtype == torch.float16 and autocast else 1.0) / 4000
     for x, wanted in zip(torch.autograd.grad(loss * scale, inputs[:2]), fused(exact)[1:3]):
-        assert x.dtype == kind and (x.float() / scale - wanted).norm() < error * wanted.norm()
+        assert x.dtype == kind and off(x.float() / scale, wanted) < error
 
 class Largest(TorchDispatchMode):
     """The size of the largest tensor that any operation made."""
-    elements, size = 0, staticmethod(torch.Tensor.numel)
+    elements = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         made = filter(torch.is_tensor, out if isinstance(out, (tuple, list)) else [out])
-        self.elements = max([self.elements, *map(self.size, made)])
+        self.elements = max([self.elements, *(tensor.numel() for tensor in made)])
         return out
 
-@pytest.mark.parametrize("objective", ["ce", *LITERAL])
+@mark.parametrize("objective", ["ce", *LITERAL])
 def test_no_array_of_all_logits_is_ever_held(objective):
     V, chunk, sizes = 500, 10, []
     for N in (400, 2000):
@@ -631,21 +591,11 @@ def test_no_array_of_all_logits_is_ever_held(objective):
         sizes.append(largest.elements)
     assert chunk * V <= sizes[0] <= 4 * chunk * V and sizes[1] <= max(sizes[0], 2000 * 12)
 
-def test_the_tiny_case_of_fused_losss_docstring():
-    """Sizes of arrays with a number for each token of V; a stack of them counts as several."""
-    N, V, C, *chunks = numbers(c.FusedLoss.__doc__.split("A tiny case")[1])
-    inputs = loss_inputs(N=N, V=V, C=C, C_=C)
-    for chunk, elements in zip(chunks[:3], chunks[3:], strict=True):
-        with Largest() as top:
-            top.size = lambda x: (x.shape[-1:] == (V,)) * x.is_contiguous() * x.shape[-2:].numel()
-            found = fused(inputs, chunk=chunk)
-        assert top.elements == elements and alike(found, whole(inputs))
-
 def test_two_teachers_are_the_mean_of_their_logits():
     teachers = [model(sharp=5, seed=1), model(sharp=5, seed=2, model_type="gpt2", width=48)]
     ids, coach = some_ids(2, 16), c.Coach(teachers)
     wanted = sum(logits(teacher, ids) for teacher in teachers) / 2
-    assert torch.allclose(coach.hidden(ids) @ coach.head.T, wanted, atol=1e-4)
+    assert alike(coach.hidden(ids) @ coach.head.T, wanted, 1e-4)
     assert not coach.head.requires_grad and not coach.hidden(ids).requires_grad
 
 # -----------------------------------------------------------------------------
@@ -654,62 +604,17 @@ def test_two_teachers_are_the_mean_of_their_logits():
 def test_learning_rate_beta_and_pytorchs_t_max():
     s = settings(lr=1.0, warmup=10, beta=0.7, progressive=True)
     rates = [c.lr_at(step, 110, s) for step in range(110)]
-    assert rates[0] == 1 / 11 and rates[10] == max(rates) == 1.0 and 0 < rates[-1] < 1e-3
-    assert rates[:11] == sorted(rates[:11]) and rates[10:] == sorted(rates[10:], reverse=True)
-    falling = [round(c.beta_at(epoch, 6, s), 3) for epoch in range(6)]                      # Eq. 3
-    assert falling == [0.7, 0.583, 0.467, 0.35, 0.233, 0.117] and c.beta_at(99, 100, s) == 0.1
+    rising, falling = np.arange(1, 11) / 11, np.cos(np.arange(100) * math.pi / 100)
+    assert rates == approx([*rising, *(0.5 + 0.5 * falling)])
+    betas = [c.beta_at(epoch, 6, s) for epoch in range(6)]                                  # Eq. 3
+    assert betas == approx([0.7, 0.583, 0.467, 0.35, 0.233, 0.117], abs=1e-3)
+    assert c.beta_at(99, 100, s) == 0.1 and c.beta_at(5, 6, settings(beta=0.7)) == 0.7
     assert c.beta_at(1, 2, settings(beta=0.05, progressive=True)) == 0.05
-    assert c.beta_at(5, 6, settings(beta=0.7)) == 0.7 and math.isclose(rates[60], 0.5)
     s, optimizer = settings(lr=0.5, warmup=0, t_max=30), torch.optim.SGD([torch.zeros(1)], lr=0.5)
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30)
     for step in range(100):
-        assert math.isclose(c.lr_at(step, 100, s), theirs.get_last_lr()[0], abs_tol=1e-12)
+        assert [c.lr_at(step, 100, s)] == approx(theirs.get_last_lr(), abs=1e-12)
         optimizer.step(), theirs.step()
-
-@every_kind
-def test_every_parameter_is_in_one_group_and_is_trained(kind):
-    m = model(**kind)
-    grouped = sum((group["params"] for group in c.make_optimizer(m, settings()).param_groups), [])
-    assert len(grouped) == len(set(grouped)) and set(grouped) == set(m.parameters())
-    step_of(m)
-    for (name, p), before in zip(m.named_parameters(), model(**kind).parameters()):
-        assert "c_attn.bias" in name or not torch.equal(p, before), name
-
-def test_accumulation_changes_nothing():
-    coach, results = c.Coach([model(sharp=5, seed=5).eval()]), []
-    for rows in (0, 2, 1):
-        m = model(sharp=5)
-        results.append((step_of(m, coach, 0.7, micro_batch=rows), m.head.grad))
-        assert torch.allclose(results[-1][0], results[0][0], rtol=1e-5)
-        assert torch.allclose(results[-1][1], results[0][1], atol=1e-7)
-
-@every_divergence
-def test_every_divergence_trains_and_the_teacher_stays(name):
-    """A student that sees nothing but the divergence comes closer to its teacher."""
-    m, coach = model(), c.Coach([model(sharp=6, seed=5).eval()])
-    losses = [step_of(m, coach, objective=name, alpha=0.0, lr=3e-3)[2] for _ in range(60)]
-    assert losses[39] < 0.7 * losses[0] and losses[59] < 0.5 * losses[0]
-    for p, before in zip(coach.teachers[0].parameters(), model(sharp=6, seed=5).parameters()):
-        assert torch.equal(p, before) and p.grad is None
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_step_in_half_precision(dtype):
-    """Near the step in fp32; weights and gradients stay fp32; fp16's scaled gradients come back."""
-    found = []
-    for kind in (torch.float32, dtype):
-        m, coach = model(sharp=3), c.Coach([model(sharp=3, seed=5).eval()], kind)
-        scaler = torch.amp.GradScaler("cpu", enabled=kind == torch.float16)
-        found.append(step_of(m, coach, 1.0, kind, scaler))
-        found.append(torch.cat([p.grad.flatten() for p in m.parameters()]))
-        assert all(p.dtype == p.grad.dtype == torch.float32 for p in m.parameters())
-    assert torch.allclose(*found[::2], rtol=0.02) and not torch.equal(*found[::2])
-    assert F.cosine_similarity(*found[1::2], dim=0) > 0.999
-
-def test_fp16_leaves_out_a_step_whose_gradient_is_too_large():
-    m, scaler = model(), torch.amp.GradScaler("cpu", init_scale=2.0**120)
-    row = step_of(m, None, 1.0, torch.float16, scaler)
-    assert row[0].isfinite() and not row[3].isfinite()
-    assert torch.equal(m.head, model().head) and scaler.get_scale() == 2.0**119
 
 # -----------------------------------------------------------------------------
 # 7. Minimal pairs
@@ -728,7 +633,7 @@ def plain_score(m, vocabulary, text):
     return log_p.gather(1, torch.tensor(ids[1:])[:, None])[len(given) - 1:].sum().item()
 
 @every_kind
-@pytest.mark.parametrize("nodes", [1, 7, 128])
+@mark.parametrize("nodes", [1, 7, 128])
 def test_tries_score_as_one_text_at_a_time_does(vocabulary, kind, nodes, monkeypatch):
     """Beginnings of others, equal texts, one token, odd text, contexts, rows cut anywhere."""
     monkeypatch.setattr(c, "NODES", nodes)
@@ -741,48 +646,38 @@ def test_tries_score_as_one_text_at_a_time_does(vocabulary, kind, nodes, monkeyp
     pairs = sentences(*texts)
     for context in ("The dog.", "The dog  "):
         pairs += sentences("A cat saw it.", "A cat ate it.", "ran by.", "runs.", context=context)
-    m = model(V=vocabulary.size, sharp=5, **kind).eval()
+    m = model(V=vocabulary.size, sharp=5, **kind)
     found = c.score_pairs(m, vocabulary, pairs, "test")
     wanted = [[plain_score(m, vocabulary, text) for text in pair[:2]] for pair in pairs]
     assert np.allclose(found, wanted, 0, 1e-4)
     assert found[1, 0] == found[1, 1] and found[0, 0] == found[3, 1]
     assert c.points(found)[1] == c.points(found[:, ::-1])[1] == 1       # a tie is the good one's
 
-@pytest.mark.parametrize("bad, why", [(("", "ab " * 40), "a text has"), (("A", ""), "nothing is")])
+@mark.parametrize("bad, why", [(("", "ab " * 40), "a text has"), (("A", ""), "nothing is")])
 def test_a_text_that_cannot_be_scored_names_its_place(vocabulary, bad, why):
     pair = sentences("A", "b", context="The")[0]._replace(bad=bad)
-    with pytest.raises(click.ClickException, match="x, line 1: " + why):
+    with raises(click.ClickException, match="x, line 1: " + why):
         c.encode_pairs(vocabulary, [pair], 40)
 
 def test_the_trie_of_its_docstring():
-    doc, trie, m, trees = c.Trie.__doc__, c.Trie(), model(), []
-    table = re.search(r"node   .*?(?=\n\n)", doc, re.S)[0].splitlines()
-    nodes, words, depth, end = (line.split()[1:5] for line in table[:4])
-    words += ["barked", "ran"]
-    for text in re.findall(r'"(<s> .*?)"', doc, re.S):
+    shown, trie, m = " ".join(c.Trie.__doc__.split()), c.Trie(), model()
+    words = "<s> A dog cat barked ran".split()
+    for text in re.findall('"(<s> .*?)"', shown):
         trie.add(text, [words.index(word) for word in text.split()], 1)
-    found = [[str(x) for x in row] for row in (trie.ids, trie.depth, trie.end)]
-    edges = [(str(node), words[i]) for node, i in trie.edges]
-    assert found == [nodes, depth, end] and len(edges) == 6
-    first, second, _ = trie.sequences.values()
-    assert [edges[i] for i in first + second] == re.findall(r"\((\d), (\w+)\)", doc)
-    m.hidden = lambda ids, tree: trees.append(tree) or torch.zeros(1, 4, 32)
+    m.hidden = Mock(return_value=torch.zeros(1, 4, 32))
     c.score_tries(m, [trie])
-    for line, word, sees in zip(table[1:], words, trees[0].sees[0, 0].tolist()):
-        assert line.split()[-5:] == [word, *(".x"[seen] for seen in sees)]
-
-def test_token_scores_are_the_log_softmax():
-    hidden, head, targets, *_ = loss_inputs()
-    several = torch.tensor([[0, 0, 0, 5, 22, 22], [3, 1, 3, 0, 56, 55]])
-    for rows, targets in ((torch.arange(23), targets), several):
-        wanted = (100 * hidden @ head.T).log_softmax(-1)[rows, targets]     # exp is infinite
-        for chunk in (1, 7, 30):
-            found = c.token_log_probabilities(100 * hidden, head, rows, targets, chunk)
-            assert alike(found, wanted, 1e-12)
+    sees = m.hidden.call_args.kwargs["tree"].sees[0, 0].tolist()
+    rows = [[word, *(".x"[seen] for seen in row)] for word, row in zip(words, sees)]
+    for row in [["id", *words[:4]], ["depth", *trie.depth], ["end", *trie.end], *rows]:
+        assert " ".join(map(str, row)) in shown
+    edges = [f"({node}, {words[i]})" for node, i in trie.edges]
+    first, second, _ = (" + ".join(edges[i] for i in row) for row in trie.sequences.values())
+    assert f"first scores {first}, the second {second}." in shown
+    assert trie.ids == [0, 1, 2, 3] and len(edges) == 6
 
 def test_no_array_of_all_logits_is_held_in_scoring():
     texts = map(tuple, some_ids(240, 9, V=5000).tolist())
-    tries, m = c.build_tries({text: (text, 1) for text in texts}), model(V=5000).eval()
+    tries, m = c.build_tries({text: (text, 1) for text in texts}), model(V=5000)
     with torch.inference_mode(), Largest() as largest:
         c.score_tries(m, tries)
     assert largest.elements <= 256 * 5000 < sum(len(trie.ids) for trie in tries) * 5000
@@ -792,23 +687,19 @@ def test_the_pair_at_the_head_of_section_7(default_run):
     shown = LESSON.split("A pair, by the tiny run:")[1].splitlines()[2:4]
     (right, gap), (wrong,) = map(numbers, shown)
     pair = sentences(*(line[6:].split("  ")[0] for line in shown))
-    m, vocabulary = c.load_model(default_run / "runs/tiny-rkl-1-seed0", "cpu")
-    good, bad = c.score_pairs(m, vocabulary, pair, "test")[0]
-    assert np.allclose([good, bad], [right, wrong], 0, 1) and good > bad
-    assert abs(right - wrong - gap) < 0.011
+    loaded = c.load_model(default_run / RUN, "cpu")
+    good, bad = c.score_pairs(*loaded, pair, "test")[0]
+    assert (good, bad) == approx((right, wrong), abs=1) and good > bad
+    assert right - wrong == approx(gap, abs=0.011)
 
 # -----------------------------------------------------------------------------
 # 8 to 12. Files, run folders, training
 
-import tokenize
-
 TRAIN_STEP, NO_FLAGS, AB = c.train_step, dict.fromkeys(c.KNOWN), [("A.", "B.")]
-SHAPES = [{}, {"tied": True}, {"kv_heads": 1, "rope_theta": 500.0}, {"model_type": "gpt2"},
-          {"model_type": "gpt2", "tied": True}]
 RKL = 'objective = "rkl"\nteachers = 1'
 KEYS = "sentence_good sentence_bad", "Domain Context1 Context2 Target1 Target2"
 
-@pytest.fixture
+@fixture
 def here(tmp_path, monkeypatch):
     """The test's folder, with a brief.toml, made the current one."""
     monkeypatch.chdir(brief_config(tmp_path).parent)
@@ -816,7 +707,11 @@ def here(tmp_path, monkeypatch):
 
 def train(out, flags="", code=0):
     """The result of a training by brief.toml."""
-    return invoke("train", "-c", "brief.toml", "-o", out, *flags.split(), code=code)
+    return invoke(f"train -c brief.toml -o {out} {flags}", code)
+
+def untrained(out, flags=""):
+    """What a training by brief.toml says that ends with an error."""
+    return error(f"train -c brief.toml -o {out} {flags}")
 
 def weights(run):
     return Path(run, "model.safetensors").read_bytes()
@@ -844,46 +739,54 @@ def write_pairs(path, *rows, **more):
     items = [dict(zip(KEYS[len(row) > 2].split(), row)) | more for row in rows]
     Path(path).write_text("".join(json.dumps(item) + "\n" for item in items))
 
+@contextlib.contextmanager
+def room_for(size):
+    """A limit on the size of files stands for a disk that is full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     """And what two processes write at once does not mix."""
     path = tmp_path / "x"
     path.write_text("old")
-    before = path.stat().st_ino
-    with pytest.raises(ZeroDivisionError), c.written_whole(path) as file:
+    with raises(ZeroDivisionError), c.written_whole(path) as file:
         file.write(b"new" * (1 // 0))
-    assert path.read_text() == "old"
     with c.written_whole(path) as file:
         file.write(b"AAA")
+        assert path.read_text() == "old"
         monkeypatch.setattr(os, "getpid", lambda: 0)
         with c.written_whole(path) as other:
             other.write(b"BBBB")
-        assert path.read_text() == "BBBB" and path.stat().st_ino != before
+        assert path.read_text() == "BBBB"
         file.write(b"AAA")
     assert path.read_text() == "AAAAAA" and list(tmp_path.iterdir()) == [path]
 
-@pytest.mark.parametrize("kind", SHAPES)
+@every_kind
 def test_a_saved_model_comes_back(tmp_path, vocabulary, kind):
-    m, ids = model(V=vocabulary.size, sharp=5, **kind).eval(), torch.arange(400).view(25, 16)
+    m, ids = model(V=vocabulary.size, sharp=5, **kind), torch.arange(400).view(25, 16)
     c.save_model(tmp_path, m, vocabulary)
     back, same = c.load_model(tmp_path, "cpu")
-    assert all(map(torch.equal, m.parameters(), back.parameters())) and back.config.positions == 32
-    assert torch.equal(logits(m, ids), logits(back, ids)) and same.files == vocabulary.files
+    assert torch.equal(logits(m, ids), logits(back, ids)) and back.config.positions == 32
+    assert same.files == vocabulary.files
 
 def test_what_other_programs_write_is_read(tmp_path, vocabulary):
     """Old names, masks, bf16 and shards; a theta said twice, or once as null; prefix tokens."""
-    m, path = model(V=vocabulary.size, model_type="gpt2", tied=True), tmp_path / "config.json"
+    m = model(V=vocabulary.size, model_type="gpt2", tied=True)
     c.save_model(tmp_path, m, vocabulary)
     (tmp_path / "model.safetensors").unlink()
-    old = [(name, weight.detach().bfloat16()) for name, weight in m.named_parameters()]
-    c.write_safetensors(tmp_path / "a", dict(old[::2], **{"h.0.attn.bias": torch.ones(1, 1, 4, 4)}))
-    c.write_safetensors(tmp_path / "b", dict(old[1::2]))
+    old = m.bfloat16().state_dict() | {"h.0.attn.bias": torch.ones(1, 1, 4, 4)}
+    for i, shard in enumerate("ab"):
+        c.write_safetensors(tmp_path / shard, dict([*old.items()][i::2]))
     c.write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"x": "a", "y": "b"}})
     back, _ = c.load_model(tmp_path, "cpu")
-    assert all(torch.equal(a, b.bfloat16()) for a, b in zip(back.parameters(), m.parameters()))
+    assert all(map(torch.equal, back.parameters(), m.float().parameters()))
     for theta in (777.0, None):
         twice = {"rope_theta": theta, "rope_parameters": {"rope_theta": 777.0}}
-        c.write_json(path, c.to_hf_config(settings(), vocabulary) | twice)
-        assert c.from_hf_config(path)[0].rope_theta == 777.0
+        c.write_json(tmp_path / "x", c.to_hf_config(settings(), vocabulary) | twice)
+        assert c.from_hf_config(tmp_path / "x")[0].rope_theta == 777.0
     for name, roles, wanted in (("special_tokens_map", "{}", 1), ("tokenizer_config", "{}", 1),
                                 ("tokenizer_config", '{"eos_token": {"content": "</s>"}}', 2),
                                 ("special_tokens_map", '{"bos_token": "<pad>"}', 0)):
@@ -891,28 +794,25 @@ def test_what_other_programs_write_is_read(tmp_path, vocabulary):
         assert c.load_vocabulary(tmp_path).prefix_id == wanted
 
 LLAMA = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
-THETA = {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}
-
-@pytest.mark.parametrize("sizes", [
-    LLAMA, LLAMA | {"tie_word_embeddings": True}, LLAMA | THETA | {"num_key_value_heads": 1},
+@mark.parametrize("sizes", [
+    LLAMA, LLAMA | {"tie_word_embeddings": True}, LLAMA | {
+        "num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "rope_theta": 777.0}},
     dict(n_embd=32, n_layer=2, n_head=4, n_inner=40)])
 def test_we_read_the_folders_of_transformers(tmp_path, vocabulary, sizes):
     """Whole, and in shards."""
-    transformers = pytest.importorskip("transformers")
+    transformers = importorskip("transformers")
     kind = transformers.LlamaConfig if "hidden_size" in sizes else transformers.GPT2Config
-    theirs = transformers.AutoModelForCausalLM.from_config(
-        kind(vocab_size=vocabulary.size, **sizes)).eval()
-    for parameter in theirs.parameters():
-        parameter.data *= 5 if parameter.dim() > 1 else 1
+    config, ids = kind(vocab_size=vocabulary.size, **sizes), torch.arange(400).view(25, 16)
+    theirs = sharpened(transformers.AutoModelForCausalLM.from_config(config), 5).eval()
     for shard in ("1GB", "20KB"):
         theirs.save_pretrained(tmp_path / shard, max_shard_size=shard)
         (tmp_path / shard / "tokenizer.json").write_bytes(vocabulary.files["tokenizer.json"])
-        ours, ids = c.load_model(tmp_path / shard, "cpu")[0], torch.arange(400).view(25, 16)
+        ours, _ = c.load_model(tmp_path / shard, "cpu")
         assert (theirs(ids).logits - logits(ours, ids)).abs().max() < 1e-5
 
 def test_folders_edited_by_hand(tmp_path, vocabulary):
     """Where two places disagree, we read the one that transformers reads, or refuse."""
-    transformers = pytest.importorskip("transformers")
+    transformers = importorskip("transformers")
     scaled = {"rope_scaling": {"type": "linear", "factor": 2.0}}
     m = model(V=vocabulary.size, sharp=5).eval()
     for i, (name, changed, refusal) in enumerate((
@@ -926,7 +826,7 @@ def test_folders_edited_by_hand(tmp_path, vocabulary):
         path = folder / f"{name}.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | changed))
         if refusal:
-            with pytest.raises(click.ClickException, match=refusal):
+            with raises(click.ClickException, match=refusal):
                 c.load_model(folder, "cpu")
             continue
         ours, known = c.load_model(folder, "cpu")
@@ -958,7 +858,7 @@ def test_gpt2_as_on_the_hub(tmp_path, vocabulary, capsys):
     c.write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
     assert c.load_model(tmp_path, "cpu") and "transformers 5" in capsys.readouterr().err
     c.write_safetensors(path, weights | {"lm_head.weight": torch.ones_like(m.head)})
-    with pytest.raises(click.ClickException, match="ties head and embedding"):
+    with raises(click.ClickException, match="ties head and embedding"):
         c.load_model(tmp_path, "cpu")
 
 def test_logits_without_a_token_teach_nothing(here):
@@ -981,11 +881,12 @@ def test_a_run_is_repeatable_and_looking_changes_nothing(here):
     """The same weights of student and teachers, to the byte, and the same log; with dropout."""
     for name, flags in (("a", ""), ("b", ""), ("c", "--eval-every 1")):
         train(f"{name}/run", f"--objective rkl --teachers 2 {flags}")
-    for run in {*os.listdir("a")} - {path.name for path in here.glob("a/text-*")}:
+    runs = [path.parent.name for path in here.glob("a/*/log.jsonl")]
+    for run in runs:
         assert weights(f"a/{run}") == weights(f"b/{run}") == weights(f"c/{run}")
     one, same, looked = map(history, ("a/run", "b/run", "c/run"))
     assert one == same == [line for line in looked if "ce" in line or line["step"] == 6]
-    assert len(looked) == 12 and len(os.listdir("a")) == 4
+    assert len(looked) == 12 and len(runs) == 3
 
 def test_a_run_says_what_it_is(here):
     """And a dry run, how its loss is weighed in effect, and which flags change nothing."""
@@ -1008,24 +909,24 @@ def test_a_run_says_what_it_is(here):
     told = train("b", "--pairs none").stdout
     assert re.match("model +b, held-out loss", told) and not list(here.glob("b/blimp-*"))
 
-@pytest.mark.skipif(c.fcntl is None, reason="no locks here")
 def test_what_is_finished_is_used_again_if_it_is_the_same(here, monkeypatch):
     """Teachers; a run, at --resume; what another command trains, or has trained meanwhile."""
     brief_config(here, RKL, "lr = 3e-3")
     with c.locked_log(Path("r/1")):
-        assert "another process is training this run" in train("r/1", code=1).stderr
+        assert "another process is training this run" in untrained("r/1")
     train("r/1")
     (teacher,), (scores,) = here.glob("r/teacher-*"), here.glob("r/1/blimp-*")
-    before = (teacher / "model.safetensors").stat().st_mtime_ns, scores.read_bytes()
+    before = os.path.getmtime(teacher / "model.safetensors"), scores.read_bytes()
     told = train("r/2", "--lr 1e-3 --objective fkl --alpha 0.3").stderr
     assert f"{teacher.name}: found, reusing it" in told
     train("r/3", "--context 16")
     other, = {*here.glob("r/teacher-*")} - {teacher}
     Path("a.txt").write_text((TINY / "train.txt").read_text()[:400_000])
     for flags, wanted in (("--text .", "text is "), ("--lr 0.5", "lr is 0.5, but "),
-                          (f"--teacher {other}", "teachers is ["), ("", "found, reusing it")):
-        assert wanted in train("r/1", f"--resume {flags}", int(flags != "")).stderr
-    assert before == ((teacher / "model.safetensors").stat().st_mtime_ns, scores.read_bytes())
+                          (f"--teacher {other}", "teachers is [")):
+        assert wanted in untrained("r/1", f"--resume {flags}")
+    assert "found, reusing it" in train("r/1", "--resume").stderr
+    assert before == (os.path.getmtime(teacher / "model.safetensors"), scores.read_bytes())
     train("r/2", f"--teacher {teacher} --overwrite")
     record, facts = c.read_json(Path("r/2/run.json")), c.read_json(teacher / "run.json")
     assert record["teachers"] == [str(teacher)] == [record["settings"]["tokenizer"]]
@@ -1042,27 +943,28 @@ def test_what_is_finished_is_used_again_if_it_is_the_same(here, monkeypatch):
     same_runs("r/1", "b/1")
     facts["settings"]["seed"] = 7                       # not what its name stands for
     c.write_json(teacher / "run.json", facts)
-    assert f"seed is 0, but r/{teacher.name} was begun with 7" in train("r/4", code=1).stderr
+    assert f"seed is 0, but r/{teacher.name} was begun with 7" in untrained("r/4")
 
-def test_held_out_loss_does_not_depend_on_the_batch(corpus):
+def test_held_out_loss_does_not_depend_on_the_batch():
     """Nor is anything dropped out in it."""
-    m = model(V=corpus.vocabulary.size, sharp=3, model_type="gpt2", dropout=0.5).train()
-    ids = corpus.dev[:16 * 62 + 1]
+    m = model(sharp=3, model_type="gpt2", dropout=0.5)
+    ids = some_ids(16 * 62 + 1).numpy()
     losses = [c.held_out_loss(m, ids, settings(batch_size=size)) for size in (1, 7, 62)]
     assert m.training and not c.held_out_loss(m, ids[:16], settings())
-    rows, m = torch.from_numpy(ids.astype(np.int64)), m.eval()
-    wanted = F.cross_entropy(logits(m, rows[:-1].view(62, 16)).flatten(0, 1), rows[1:]).item()
-    assert losses == pytest.approx([wanted] * 3)
+    inputs, targets = c.windows(ids, np.arange(62) * 16, 16)
+    wanted = F.cross_entropy(logits(m.eval(), inputs).flatten(0, 1), targets.flatten()).item()
+    assert losses == approx([wanted] * 3)
 
 def test_runs_in_half_precision(here, monkeypatch):
-    """How it coaches does not change a teacher. A checkpoint holds fp16's loss scale; it falls."""
+    """A teacher does not see how it coaches. fp16 skips steps until its scale is low enough."""
     losses = []
-    for flag in ("teacher-precision fp32", "teacher-precision fp16", "teacher-precision bf16",
-                 "precision fp16"):
-        train(f"{flag}/run", f"--objective rkl --teachers 1 --{flag}")
-        losses.append(history(f"{flag}/run")[-1]["dev_loss"])
-    assert len({*map(weights, here.glob("teacher-*/teacher-*"))}) == 1
-    assert len({*losses}) == 4 and np.ptp(losses[:3]) < 1e-3 and np.ptp(losses) < 0.01
+    for i, flag in enumerate(("teacher-precision fp32", "teacher-precision fp16",
+                              "teacher-precision bf16", "precision fp16", "precision bf16")):
+        train(f"{i}/run", f"--objective rkl --teachers 1 --{flag}")
+        losses.append(history(f"{i}/run")[-1]["dev_loss"])
+        assert b'"F32"' in weights(f"{i}/run") and not re.search(b'"B?F16"', weights(f"{i}/run"))
+    assert len({*map(weights, here.glob("[012]/teacher-*"))}) == 1
+    assert len({*losses}) == 5 and np.ptp(losses[:3]) < 1e-3 and np.ptp(losses) < 0.01
     large = functools.partial(torch.amp.GradScaler, init_scale=2.0**26)
     monkeypatch.setattr(torch.amp, "GradScaler", large)
     train("whole", "--precision fp16 --steps 12")
@@ -1070,21 +972,22 @@ def test_runs_in_half_precision(here, monkeypatch):
     train("part", "--precision fp16 --steps 12", 130)
     train("part", "--precision fp16 --steps 12 --resume")
     same_runs("whole", "part")
-    finite = {math.isfinite(line["norm"]) for line in history("part")[:-1]}
-    assert finite == {True, False}                      # it falls, and then it is low enough
+    assert {math.isfinite(line["norm"]) for line in history("part")[:-1]} == {True, False}
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 def in_two(out, flags="", codes=(0, 0), number=0):
     """What two processes say that train one model; the second is sent a signal after a step."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port, started = str(free.getsockname()[1]), []
-    command = [sys.executable, HOME / "choobaca.py", "train", "-c", "brief.toml", "-o", out]
+    port, started = str(free_port()), []
+    command = f"train -c brief.toml -o {out} {flags}".split()
     for rank in "01":
-        own = dict(os.environ, RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank, OMP_NUM_THREADS="1",
-                   MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        own = os.environ | dict(RANK=rank, WORLD_SIZE="2", LOCAL_RANK=rank,
+                                MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
         with open(rank, "w") as said:
-            started.append(subprocess.Popen([*command, *flags.split()], stdout=said, stderr=said,
-                                            env=own))
+            started.append(subprocess.Popen([sys.executable, HOME / "choobaca.py", *command],
+                                            stdout=said, stderr=said, env=own))
     while number and not (os.path.exists(f"{out}/log.jsonl") and history(out)):
         assert started[0].poll() is None
         time.sleep(0.05)
@@ -1093,23 +996,19 @@ def in_two(out, flags="", codes=(0, 0), number=0):
     return [Path(rank).read_text() for rank in "01"]
 
 def test_two_processes_train_the_model_of_one(here):
-    """To 1e-6, teachers and micro-batches and all; only the first writes."""
-    config = brief_config(here, 'objective = "rkl"\nmicro_batch = 2', "micro_batch = 4")
-    config.write_text(config.read_text().replace("dropout = 0.1", ""))
-    train("one/run", "--teachers 2")
-    assert ["mean of" in text for text in in_two("two/run", "--teachers 2")] == [True, False]
+    """To 1e-6, the teacher and micro-batches and all; only the first writes."""
+    brief_config(here, 'objective = "rkl"\nmicro_batch = 2', "micro_batch = 4")
+    train("one/run", "--teachers 1")
+    assert ["mean of" in text for text in in_two("two/run", "--teachers 1")] == [True, False]
     for path in here.glob("one/*/model.safetensors"):
-        one, two = map(c.read_safetensors, (path, Path("two", path.parent.name, path.name)))
-        for name in one:        # softmax does not see a bias of all keys: AdamW moves it by what
-            if "c_attn.bias" in name:                   # rounding leaves of a gradient 0
-                one[name].chunk(3)[1][:] = two[name].chunk(3)[1]
+        one, two = map(c.read_safetensors, (path, Path("two", *path.parts[-2:])))
         torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
     for one, two in zip(history("one/run"), history("two/run"), strict=True):
-        assert one == pytest.approx(two, rel=1e-4)
+        assert one == approx(two, rel=1e-4)
     said = in_two("x", "--objective ce --batch-size 9 --micro-batch 3", (1, 1))
     assert "2 processes cannot share --batch-size 9" in said[0]
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux")
+@mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux")
 def test_no_thread_of_a_group_outlives_the_command(here):
     """One that did would sometimes abort the process at its end."""
     code = f"""if True:
@@ -1128,7 +1027,7 @@ def test_two_processes_stop_and_go_on_as_one(here, monkeypatch):
     in_two("whole", "--steps 300")
     in_two("part", "--steps 300", (143, 143), signal.SIGTERM)
     assert 0 < len(history("part")) < 300
-    assert "another number of processes" in train("part", "--steps 300 --resume", 1).stderr
+    assert "another number of processes" in untrained("part", "--steps 300 --resume")
     in_two("part", "--steps 300 --resume")
     same_runs("whole", "part")
     said = in_two("x", "--steps 100000", (1, -9), signal.SIGKILL)
@@ -1159,13 +1058,13 @@ while kills == 0 or os.WIFSIGNALED(status):
     writing += bool(glob.glob("killed/*/.choobaca-*-state.pt"))
 print(status, kills, writing)"""
 
-@pytest.mark.parametrize("extra, steps", [
+@mark.parametrize("extra, steps", [
     ("micro_batch = 2", 200), ('objective = "rkl"\nteachers = 2', 80)])
-def test_killed_at_any_moment_a_run_ends_as_it_would_have(here, extra, steps):
+def test_killed_at_any_moment_a_run_ends_as_it_would_have(here, monkeypatch, extra, steps):
     """25 times; the same weights and log. With accumulation, or two teachers, one with dropout."""
+    monkeypatch.setenv("PYTHONPATH", str(HOME))
     args = ["train", "-c", brief_config(here, extra), "--eval-every=7", f"--steps={steps}"]
-    own = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HOME)}
-    run = functools.partial(subprocess.run, env=own, capture_output=True, text=True, timeout=300)
+    run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=300)
     assert run([sys.executable, "-m", "choobaca", *args, "-o", "whole/run"]).returncode == 0
     text, = here.glob("whole/text-*")
     shutil.copytree(text, here / "killed" / text.name)
@@ -1180,17 +1079,15 @@ def test_killed_at_any_moment_a_run_ends_as_it_would_have(here, extra, steps):
 def test_a_signal_ends_a_run_after_the_step_and_resume_goes_on(here, monkeypatch):
     """130 for Ctrl-C, 143 for SIGTERM; also from a run that was killed at its very beginning."""
     brief_config(here, RKL)
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     for number, after, flags in ((signal.SIGINT, 6, ""), (signal.SIGTERM, 2, "--resume")):
         stopped(monkeypatch, after, number)
         told = train("part/x", flags, 128 + number)
         assert re.search(f"stopped after step {after} of 6.*--resume", told.stderr)
         assert told.stdout == "" and list(here.glob("part/teacher-*/model.safetensors"))
-        assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
         Path("part/x").mkdir(exist_ok=after == 2)
         for name in ("log.jsonl", ".choobaca-123-run.json"):
             Path("part/x", name).touch()
-    assert "holds an interrupted run: add --resume" in train("part/x", code=1).stderr
+    assert "holds an interrupted run: add --resume" in untrained("part/x")
     assert len(history("part/x")) == 2 and "mean of 20" in train("part/x", "--resume").stdout
     train("whole/x")
     same_runs("whole/x", "part/x")
@@ -1206,35 +1103,30 @@ def test_what_is_no_checkpoint_of_this_run_is_refused(here, monkeypatch):
     """Nor does a pickle in it run code; nor is a step believed that none is left after."""
     for out, flags in (("y", "--seed 1"), ("x", "")):
         stopped(monkeypatch, 2)
-        train(out, flags + " --precision fp32", 130)
-    path, bad = Path("x/state.pt"), Mischief()
+        train(out, f"--precision fp32 {flags}", 130)
+    path, bad, again = Path("x/state.pt"), Mischief(), "--precision fp32 --resume "
     whole, state = path.read_bytes(), torch.load(path)
-    for wanted, harm, flags in (
-            ("lr is 0.5, but x was begun with 0.003", whole, "--lr 0.5"),
-            ("vocab-size is 301", whole, "--vocab-size 301"),
-            ("of another run", Path("y/state.pt").read_bytes(), ""), ("damaged", bad, ""),
-            ("damaged", state | {"seconds": bad}, ""), ("damaged", state | {"model": bad}, ""),
-            ("damaged", state | {"step": 6}, ""), ("damaged", whole[:-999], ""),
-            ("damaged", pickle.dumps(bad), "")):
+    assert "lr is 0.5, but x was begun with 0.003" in untrained("x", again + "--lr 0.5")
+    assert "vocab-size is 301" in untrained("x", again + "--vocab-size 301")
+    shutil.copy("y/state.pt", path)
+    assert "of another run" in untrained("x", again)
+    for harm in (bad, *(state | {key: bad} for key in ("seconds", "model")), state | {"step": 6},
+                 whole[:-999], pickle.dumps(bad)):
         path.write_bytes(harm) if isinstance(harm, bytes) else torch.save(harm, path)
-        told = train("x", flags + " --precision fp32 --resume", 1).stderr
-        assert wanted in told and not os.path.exists("done")
+        assert "damaged" in untrained("x", again) and not os.path.exists("done")
     pickle.loads(harm)
     assert os.path.exists("done")                       # and this is what it would have done
     path.write_bytes(whole)
     monkeypatch.setattr(c, "choose_device", lambda name: "cuda")    # pretend a GPU, up to where the
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_: module)       # checkpoint is read
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
-    assert "another kind of device" in train("x", "--precision fp32 --resume", 1).stderr
+    assert "another kind of device" in untrained("x", again)
 
 def test_a_full_disk_leaves_the_last_checkpoint(here, monkeypatch):
     """Ids, a checkpoint, a log that find no room: one sentence each, and what was there stays."""
-    def fails(limit, name):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, -1))
-        try:
-            told = train("r/x", "--resume --save-minutes 0", 1).stderr
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
+    def fails(size, name):
+        with room_for(size):
+            told = untrained("r/x", "--resume --save-minutes 0")
         assert re.search(rf"Error: \S+{name}: File too large[.] .*room on the disk", told), told
         assert not list(here.rglob(".choobaca-*"))
 
@@ -1252,62 +1144,73 @@ def test_a_full_disk_leaves_the_last_checkpoint(here, monkeypatch):
 
 def test_what_goes_wrong_in_a_run_is_said(here, saved, vocabulary, monkeypatch):
     """Ruined weights; memory that runs out. But a fault of ours is none of the user's."""
-    broken, _ = c.load_model(saved, "cpu")
+    broken = model(V=vocabulary.size)
     broken.norm.weight.data.fill_(math.nan)
     c.save_model(saved, broken, vocabulary)
     write_pairs("model/pairs.jsonl", *AB)
-    assert "not finite" in invoke("eval-blimp", "-m", saved, "-d", saved, code=1).stderr
+    assert "not finite" in error("eval-blimp -m model -d model")
     for flags, wanted in (("--lr 1e9 --clip 0 --steps 40", "begin again with a lower --lr"),
                           ("--objective rkl --teacher model --context 16", "weights are not")):
-        assert wanted in train("r/a", flags + " --overwrite", 1).stderr
+        assert wanted in untrained("r/a", f"--overwrite {flags}")
     assert not list(here.glob("r/*/*.safetensors"))
-    monkeypatch.setattr(c, "train_step", lambda *_: (_ for _ in ()).throw(error))
-    for error in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2"),
-                  RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't")):
-        assert re.search("out of memory.*--micro-batch", train("r/a", "--overwrite", 1).stderr)
-    error = KeyError("a fault of ours")
-    with pytest.raises(AssertionError, match="a fault of ours"):
+    faults = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2"),
+              RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't"),
+              KeyError("a fault of ours")]
+    monkeypatch.setattr(c, "train_step", Mock(side_effect=faults))
+    for _ in faults[:3]:
+        assert re.search("out of memory.*--micro-batch", untrained("r/a", "--overwrite"))
+    with raises(AssertionError, match="a fault of ours"):
         train("r/a", "--overwrite")
 
 # -----------------------------------------------------------------------------
 # 13 to 15. Sampling, pairs and their tables, the command line
 
-@pytest.mark.parametrize("kind", SHAPES)
-def test_writing_on_reads_no_id_twice_and_lets_rows_go_that_end(kind, monkeypatch):
+@every_kind
+def test_writing_on_reads_no_id_twice_and_lets_rows_go_that_end(kind):
     """Each id is drawn by its probability; the likeliest are those of the whole row, read again."""
-    m, seen, draw = model(V=6, sharp=8, **kind).eval(), [], torch.Generator().manual_seed(0)
-    rows = ids = torch.randint(0, 6, (6, 9), generator=draw)
+    m, draw = model(V=6, sharp=8, **kind), torch.Generator().manual_seed(0)
+    rows = ids = some_ids(6, 9, V=6)
     for tau in (0.7, 2.0):
         drawn = torch.tensor(c.write_on(m, ids[:1].expand(4000, -1), [9], 1, draw, tau)).flatten()
         p = (logits(m, ids[:1])[0, -1] / tau).softmax(-1)
         assert torch.allclose(drawn.bincount(minlength=6) / 4000, p, atol=4 * (0.25 / 4000)**0.5)
     for _ in range(20):
         rows = torch.cat([rows, logits(m, rows)[:, -1:].argmax(-1)], 1)
-    rows, hidden, end = rows[:, 9:].tolist(), m.hidden, int(rows[0, 16])
-    m.hidden = lambda x, *rest: seen.append(x.shape) or hidden(x, *rest)
-    monkeypatch.setattr(torch, "multinomial", lambda p, *_, **__: p.argmax(-1, True))
-    found = c.write_on(m, ids, [end], 20, draw)
+    rows, end = rows[:, 9:].tolist(), int(rows[0, 16])
+    m.hidden = Mock(wraps=m.hidden)
+    found = c.write_on(m, ids, [end], 20, None, 0)
     assert found == [row[:(row + [end]).index(end)] for row in rows]
-    assert {T for _, T in seen[1:]} <= {1} and sum(B for B, _ in seen[1:]) <= sum(map(len, found))
+    _, *read = (call.args[0].shape for call in m.hidden.call_args_list)
+    assert {T for _, T in read} <= {1} and sum(B for B, _ in read) <= sum(map(len, found))
 
-def test_sample(here, saved, vocabulary):
+def test_sample(saved, vocabulary):
     """Seeded; a line each; the prompt has a leading space, even where the tokenizer adds none."""
     plain = vocabulary.files["tokenizer.json"].replace(b'_space": true', b'_space": false')
     Path("model/tokenizer.json").write_bytes(plain)
-    args = ["sample", "model", "--prompt", "the dog", "--tokens", 9]
-    one, three, same, other, greedy = (invoke(*args, *more.split()).stdout for more in (
+    command = "sample model --prompt 'the dog' --tokens 9 "
+    one, three, same, other, greedy = (invoke(command + more).stdout for more in (
         "", "--count 3", "--count 3", "--seed 1", "--temperature 1e-3 --count 2"))
     assert re.fullmatch("the dog.*\n", one) and one != other and three == same
+    assert len({*three.split("\n")}) == 4
     m, ids = c.load_model(saved, "cpu")[0], vocabulary.tokenizer.encode(" the dog").ids
     for _ in range(9):
-        ids.append(logits(m, torch.tensor([ids]))[0, -1].argmax().item())
+        ids.append(int(logits(m, torch.tensor([ids]))[0, -1].argmax()))
     assert greedy == (" ".join(vocabulary.tokenizer.decode(ids).split()) + "\n") * 2
-    assert len({*three.split("\n")}) == 4
+    assert invoke("sample model --prompt caf\udce9 --tokens 3").stdout
+    assert "32 positions" in error(f"sample model --prompt '{'a ' * 40}'")
     m.head.data[0, 0] = math.nan
     c.save_model(saved, m, vocabulary)
-    for more, wanted in (["--prompt", "a " * 40], "32 positions"), (["--tokens", 99], "not finite"):
-        told = invoke(*args, *more, code=1)
-        assert wanted in told.stderr and told.stdout == ""
+    assert "not finite" in error("sample model")
+
+DAMAGED = {                     # what config.json says: the sentence
+    '"model_type": ["llama"]': "is ['llama']",
+    '"model_type": "mamba"': "model_type is 'mamba': expected llama or gpt2",
+    '"hidden_act": "gelu"': "hidden_act is 'gelu': expected",
+    '"rope_scaling": {"rope_type": "llama3", "factor": 8.0}': "rotary positions are scaled",
+    '"num_attention_heads": "two"': "num_attention_heads is 'two': expected int",
+    '"num_attention_heads": 3': "3 heads do not divide", '"hidden_size": null': "is None: expec",
+    '"hidden_size": 64': "of one model", '"head_dim": 64': "head_dim is 64: ",
+    '"vocab_size": 10': "at least as many", f'"vocab_size": 1{"0" * 30}': "is 1000"}
 
 def test_a_sample_ends_with_its_line(saved, vocabulary, monkeypatch):
     """At the prefix token, a line break, or any eos_token_id that is one."""
@@ -1317,30 +1220,30 @@ def test_a_sample_ends_with_its_line(saved, vocabulary, monkeypatch):
     c.write_json(saved / "config.json", c.read_json(saved / "config.json") | eos)
     for text, end in ((" the dog ran.", 1), (" a", 2), (" A🐈", encode("\n").ids[-1]), (" a", 7)):
         drawn = [*encode(text).ids, end, 9, 9]
-        told = invoke("sample", saved, "--prompt", "Oh,"[:end], "--tokens", "20").stdout
+        told = invoke(f"sample model --prompt '{'Oh,'[:end]}' --tokens 20").stdout
         assert told == "Oh,"[:end] + text + "\n" and drawn == [9, 9]
 
 def test_a_student_learns_from_what_its_teacher_wrote(here, saved, vocabulary, monkeypatch):
     """Seeded draws, whole lines, as many tokens as asked for, a text folder like any other."""
-    args, texts = ["sample", "model", "--tokens", 3000, "--out"], []
-    for name, seed in (("a", 0), ("b", 0), ("c", 7)):
-        invoke(*args, name, "--seed", seed)
-        texts.append(Path(name, "sampled.train").read_text())
+    command, texts = "sample model --tokens 3000 --out ", []
+    for out in ("a", "b", "c --seed 7"):
+        invoke(command + out)
+        texts.append(Path(out[0], "sampled.train").read_text())
     assert texts[0] == texts[1] != texts[2]
     train("run", f"--text a --dev {TINY} --tokenizer model")
-    assert "already there" in invoke(*args, "a", code=1).stderr
+    assert "already there" in error(command + "a")
     texts = " the dog sees it.", "", " a cat."
     said = [vocabulary.tokenizer.encode(text).ids[1:] for text in texts]
     monkeypatch.setattr(c, "write_on", lambda *_: said)
-    invoke(*args, "d")
+    invoke(command + "d")
     text = Path("d/sampled.train").read_text()
     assert re.fullmatch("(the dog sees it.\na cat.\n)*", text)
     assert 3000 <= len(c.encode(vocabulary, text.splitlines(), "line", np.uint16)) < 3020
     said = [[], []]
-    assert "nothing but empty lines" in invoke(*args, "e", code=1).stderr
+    assert "nothing but empty lines" in error(command + "e")
 
 def test_ties_means_and_groups(here, monkeypatch):
-    """A mean is that of paradigms; a tie counts; a score that is not finite ends it."""
+    """A mean is that of paradigms, in a report, too; a tie counts; NaN is no score."""
     for uid, term, count in (("1", "s-selection", 2), ("2", "argument_structure", 6), ("3", "", 1)):
         write_pairs(f"p/{uid}.jsonl", *AB * count, UID=uid, linguistics_term=term)
     write_pairs("p/._1.jsonl", *AB)                     # a Mac's, which is passed over
@@ -1348,45 +1251,49 @@ def test_ties_means_and_groups(here, monkeypatch):
     scores = np.loadtxt("-3 -3, -1 -2, -1 -2, -2 -1, -1 -2, -2 -1, -1 -2, -2 -1, -3 -3".split(","))
     result = c.summarise(pairs, scores)
     rows = [*result["paradigms"].values(), result["phenomena"]["argument_structure"], result]
-    found = [f"{row['accuracy']:.4f} {row['n']} {row['ties']}" for row in rows]
-    assert found == ["1.0000 2 1", "0.5000 6 0", "1.0000 1 1", "0.7500 8 1", "0.8333 9 2"]
-    assert rows[1]["stderr"] == pytest.approx(np.std([1, 0] * 3, ddof=1) / 6**0.5)
+    found = [f"{row['accuracy']:.4f} {row['stderr']:.4f} {row['n']} {row['ties']}" for row in rows]
+    assert found[:3] == ["1.0000 0.0000 2 1", "0.5000 0.2236 6 0", "1.0000 0.0000 1 1"]
+    assert found[3:] == ["0.7500 0.1118 8 1", "0.8333 0.0745 9 2"]
+    c.keep_scores(here, "x", pairs, scores)
+    drawn = figures.accuracies([*here.glob("x-*.jsonl")])
+    assert drawn["mean of 3 paradigms"] == [approx((83.33, 7.45), abs=0.01)]
+    assert drawn["argument structure"] == [approx((75, 11.18), abs=0.01)]
     table, short = (c.pairs_table({"a": result, "b": result}, paradigms=x) for x in (True, False))
     assert re.search("argument_structure +8 +75.0 .* 75.0.*\n  1 ", table) and "\n  1 " not in short
     monkeypatch.setattr(c, "score_pairs", lambda *_: scores)
     for value in (np.nan, np.inf, -np.inf):
         scores[3] = -1, value
-        with pytest.raises(click.ClickException, match="scores are not finite"):
+        with raises(click.ClickException, match="scores are not finite"):
             c.evaluate(None, None, pairs, here, "x", "test")
 
-def test_every_suite_at_once(here, saved):
+def test_every_suite_at_once(saved):
     """EWoK's text is in no file and no output of ours."""
     write_pairs("blimp/a.jsonl", ("A dog ran.", "A dog run."))
     write_pairs("supplement/hypernym.jsonl", ("It is a dog.", "It is a dogs."))
     write_pairs("ewok/x.jsonl", ("made-up", "Hush.", "Hush!", "Unsaid.", "Hid."))
-    args = ["eval-blimp", "-m", "model", "--suite", "all", "-d"]
-    told, found = invoke(*args, ".").output, json.loads(invoke(*args, ".", "--json").stdout)
+    command = "eval-blimp -m model --suite all -d "
+    told, found = invoke(command + ".").output, json.loads(invoke(command + ". --json").stdout)
     names = [[*found["suites"][name]["paradigms"]] for name in c.SUITES]
     assert names == [["a"], ["hypernym"], ["made-up"]]
     kept = [path.read_text() for name in c.SUITES for path in saved.glob(f"{name}-*.jsonl")]
     assert len(kept) == 3 and not re.search("Unsaid|Hush|dog", told + "".join(kept))
     shutil.rmtree("ewok")
-    assert "ewok is left out" in invoke(*args, ".").stderr
-    assert "holds none of blimp, supplement, ewok" in invoke(*args, "blimp", code=1).stderr
+    assert "ewok is left out" in invoke(command + ".").stderr
+    assert "holds none of blimp, supplement, ewok" in error(command + "blimp")
 
 def test_a_sample_has_the_same_share_of_each_paradigm():
     pairs, some = c.read_pairs(TINY / "blimp"), c.read_pairs(TINY / "blimp", 200)
-    assert len(pairs) == 2000 and {*some} < {*pairs} and some == c.read_pairs(TINY / "blimp", 200)
-    groups = c.group_by(some, lambda pair: pair.paradigm).values()
-    assert [*map(len, groups)] == [10] * 20 and pairs == c.read_pairs(TINY / "blimp", 9999)
+    assert {*some} < {*pairs} and some == c.read_pairs(TINY / "blimp", 200)
+    assert {*map(len, c.group_by(some, lambda pair: pair.paradigm).values())} == {10}
+    assert len(some) == 200 and pairs == c.read_pairs(TINY / "blimp", 9999)
 
-@pytest.mark.parametrize("gained, lost", [(0, 0), (1, 0), (9, 3), (40, 61), (1000, 900)])
+@mark.parametrize("gained, lost", [(0, 0), (1, 0), (9, 3), (40, 61), (1000, 900)])
 def test_mcnemar_is_a_fair_coin(gained, lost):
     n, k = gained + lost, min(gained, lost)
     wanted = min(1, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
-    assert c.mcnemar(gained, lost) == pytest.approx(wanted, rel=1e-9)
+    assert c.mcnemar(gained, lost) == approx(wanted, rel=1e-9)
 
-@pytest.mark.parametrize("P, spread", [*itertools.product((67, 20, 5, 2), (0.0, 0.08)), (1, 0.0)])
+@mark.parametrize("P, spread", [*itertools.product((67, 20, 5, 2), (0.0, 0.08)), (1, 0.0)])
 def test_an_interval_covers_what_is_true_as_often_as_it_says(P, spread):
     """95 %, within the error of 300 trials, where paradigms are better by 0.03, give or take."""
     draw, covered = np.random.default_rng(1), 0
@@ -1398,42 +1305,39 @@ def test_an_interval_covers_what_is_true_as_often_as_it_says(P, spread):
         covered += low <= 0.03 <= high
     assert 0.91 < covered / 300 < 0.985
 
-def test_compare(here, vocabulary):
+def test_compare(saved, vocabulary):
     """A model against one that guesses, against its like, against itself; and what cannot be."""
-    pairs = [c.Pair(("", f" {i}"), ("", f" {i}b"), f"p{i % 10}", f"term{i % 2}", here, i)
+    pairs = [c.Pair(("", f" {i}"), ("", f" {i}b"), f"p{i % 10}", f"term{i % 2}", saved, i)
              for i in range(2000)]
     for seed, name in enumerate(("guess", "good", "same")):
-        c.save_model(Path(name), model(V=vocabulary.size), vocabulary)
+        shutil.copytree("model", name)
         wrong = np.random.default_rng(seed).random(2000) > (0.8 if seed else 0.5)
-        scores = np.stack([-1.0 - 2 * wrong, np.full(2000, -2.0)], 1)
-        c.keep_scores(Path(name), "blimp", pairs, scores)
+        c.keep_scores(Path(name), "blimp", pairs, np.stack([-1.0 - 2 * wrong, wrong - 2.0], 1))
     rows = "(.*\n){3}term0 .* better\nterm1 .* better\nall .* better\n\n"
-    told = invoke("compare", "guess", "good", "same").stdout
+    told = invoke("compare guess good same").stdout
     assert re.match(f"good against guess{rows}same against guess{rows}Better or worse", told)
-    whole = json.loads(invoke("compare", "guess", "good", "--json").stdout)[0]["rows"][-1]
-    assert whole["difference"] == pytest.approx(whole["other"] - whole["first"])
-    assert whole["low"] < 0.3 < whole["high"] and whole["p"] < 1e-9 and whole["n"] == 2000
-    one = c.compare_scores([("term", "p", 1)], np.array([1]), np.array([0]))
-    assert "not distinguishable on these pairs" == one[-1]["verdict"]
     for other, wanted in (("guess", "all .* worse"), ("same", "all .*not distinguishable"),
                           ("good", r"(.*\+0.00% \(  \+0.00% to   \+0.00%\).*\n){3}")):
-        assert re.search(wanted, invoke("compare", "good", other).stdout)
-    path, = here.glob("same/blimp-*.jsonl")
+        assert re.search(wanted, invoke(f"compare good {other}").stdout)
+    whole = json.loads(invoke("compare guess good --json").stdout)[0]["rows"][-1]
+    assert whole["low"] < 0.3 < whole["high"] and whole["p"] < 1e-9 and whole["n"] == 2000
+    one, = c.compare_scores([("all", "p", 1)], np.array([True]), np.array([False]))[1:]
+    assert one["verdict"] == "not distinguishable on these pairs"
+    path, = Path("same").glob("blimp-*.jsonl")
     c.keep_scores(Path("same"), "blimp", pairs[:3], np.zeros((3, 2)))   # a sample replaces nothing
     head, *lines = path.read_text().splitlines()
-    long = lines[0].replace("-2.0", "-2" + "0" * 400)
-    for damaged, wanted in (([head, *lines[1:]], "cut off"), ([head, *lines[::-1]], "other pairs"),
-                            ([head, long, *lines[1:]], "is damaged"), (["[]"], "is damaged")):
-        path.write_text("\n".join(damaged))
-        assert wanted in invoke("compare", "good", "same", code=1).stderr
+    for damaged, wanted in ((lines[1:], "cut off"), (lines[::-1], "other pairs"),
+                            (["[]"] * 2000, "is damaged")):
+        path.write_text("\n".join([head, *damaged]))
+        assert wanted in error("compare good same")
     c.save_model(Path("good"), model(V=vocabulary.size, seed=1), vocabulary)
-    assert "of other weights" in invoke("compare", "good", "guess", code=1).stderr
+    assert "of other weights" in error("compare good guess")
 
 def test_defaults_then_base_then_toml_then_flags(here):
     """Teachers are merged one by one, by place; a path is taken from its own file's folder."""
     base, child = brief_config(here, 'clip = 3.0\nalpha = 0.25\ndev = "mine"'), here / "s/x"
     child.parent.mkdir()
-    child.write_text('base = "../brief.toml"\nalpha = 0.75\nobjective = "rkl"\nteachers = 2\n'
+    child.write_text('\ufeffbase = "../brief.toml"\nalpha = 0.75\nobjective = "rkl"\nteachers = 2\n'
                      "[[teacher]]\nclip = 0.5\n[[teacher]]\nwidth = 64\n[[teacher]]\nwidth = 16")
     s, teachers = c.read_settings(child, NO_FLAGS | {"seed": 3, "warmup": 1}, [])
     assert f"{s.clip} {s.alpha} {s.beta2} {s.seed} {s.warmup}" == "3.0 0.75 0.999 3 1"
@@ -1442,20 +1346,20 @@ def test_defaults_then_base_then_toml_then_flags(here):
     assert own == [f"{first} 0.5 ce 0 3 {here}/mine" for first in ("48 0.5 False", "64 3.0 True")]
     assert [table["width"] for table in c.read_config(child)[1]] == [48, 64, 16]
     base.write_text('base = "s/x"')
-    with pytest.raises(click.ClickException, match="is its own base"):
+    with raises(click.ClickException, match="is its own base"):
         c.read_settings(child, NO_FLAGS, [])
 
 def test_the_shipped_configs():
     """Row by row, what the paper's Table 1 says of the twelve models. Teachers are larger."""
-    names = [f"{kind}-{n}-{year}{plus}" for kind, plus in (("fw", ""), ("rv", ""), ("rv", "-plus"))
-             for year in (23, 24) for n in (2, 1)]
+    rows = ("fw-2-23 fw-1-23 fw-2-24 fw-1-24 rv-2-23 rv-1-23 rv-2-24 rv-1-24 "
+            "rv-2-23-plus rv-1-23-plus rv-2-24-plus rv-1-24-plus").split()
     files = {path.stem: path for path in (HOME / "configs").iterdir()}
     found = {name: c.read_settings(path, NO_FLAGS, []) for name, path in files.items()}
-    assert found.keys() == {*names, "paper", "small", "tiny"}
+    assert found.keys() == {*rows, "paper", "small", "tiny"}
     for s, teachers in found.values():
         small, large = (c.empty_model(each, s.vocab_size) for each in (s, teachers[0]))
         assert c.count_parameters(small) < c.count_parameters(large)
-    for row, name in enumerate(names, 1):
+    for row, name in enumerate(rows, 1):
         (s, teachers), (kind, n, year, *plus) = found[name], name.split("-")
         text, dev = (f"{HOME}/data/babylm-20{year}/{part}-clean" for part in ("train_10M", "dev"))
         assert s == dataclasses.replace(
@@ -1468,43 +1372,43 @@ def test_the_shipped_configs():
 def test_every_flag_has_help_and_stands_once():
     for name, command in c.cli.commands.items():
         flags = [flag for option in command.params for flag in option.opts + option.secondary_opts]
-        assert len(flags) == len({*flags}) and "Example:" in invoke(name, "--help").output
+        assert len(flags) == len({*flags}) and "Example:" in invoke(f"{name} --help").output
         assert all("." in option.help for option in command.params if "--" in option.opts[-1])
 
-BAD = {                         # what the user did: what the sentence says
-    "train -o out -c bad.toml": {
+BAD = {                         # the command and its exit code: what the user did, what is said
+    ("train -o out -c bad.toml", 1): {
         "betta = 1": "unknown key 'betta'; did you mean 'beta'?", "lr = ''": "lr is '': expected",
         "layers = true": "layers is True: exp", "lr = nan": "lr is nan", "teacher = 3": "bad.toml",
         "lr =": "bad.toml", 'base = "no"': "no: No such file", 'base = "bad.toml"': "its own base",
         "[[teacher]]\ntext = ''": "teacher 1: unknown key 'text'", f"lr = 1{'0' * 400}": "lr is 10",
-        'text = "a\\u0000b"': "without a NUL", "zzz = 1": "unknown key 'zzz'; train --help"},
-    "train -o out -c brief.toml --text text": {
+        'text = "a\\u0000b"': "without a NUL", "zzz = 1": "unknown key 'zzz'; train --help",
+        "[teacher]\nwidth = 3": "expected [[teacher"},
+    ("train -o out -c brief.toml --text text", 1): {
         "": "a.txt is empty", "good \udcff bad": "0xff in position 5", "short": "less than a batc"},
-    "train -o out -c brief.toml ": {
+    ("train -o out -c brief.toml {}", 1): {
         "--text no": "no is not a folder", "--text .": "no *.train", "--dev .": "holds no *.dev",
         "--tokenizer no": "no: No such file", "--tokenizer brief.toml": "brief.toml is damaged",
         "--seed 18446744073709551616": "is 18446744073709551616: expec", "--pairs .": "no *.jsonl",
-        "--batch-size 0": "--batch-size is 0: expected 1", "--lr fast": "'fast' is not a valid",
-        "--objective magic": "'magic' is not one of 'ce', ", "--objective rkl": "needs a teacher",
+        "--batch-size 0": "--batch-size is 0: expected 1", "--objective rkl": "needs a teacher",
         "--objective rkl --teacher a --teacher a": "two different ones", "--device cuda": "--devic",
         "--objective ce --teachers 1": "has no teacher", "--heads 5": "5 heads do not divide",
         "--kv-heads 3": "3 kv_heads do not divide", "--heads 32": "1 wide each: rotary positions",
         "--micro-batch 3": "does not divide --batch-size 8", "--context 500": "--context 500 is "},
-    "": {"eval-blimp": "no finished run in runs/", "eval-blimp -m no": "no holds no finished",
-         "eval-blimp -d no -m x": "no holds no *.jsonl", "compare a b": "no scores of the same"}}
+    ("train -o out {}", 2): {
+        "--lr fast": "'fast' is not a valid", "--objective magic": "'magic' is not one of 'ce', "},
+    ("{}", 1): {
+        "eval-blimp": "no finished run in runs/", "eval-blimp -m no": "no holds no finished",
+        "eval-blimp -d no -m x": "no holds no *.jsonl", "compare a b": "no scores of the same",
+        "sample a --temperature nan": "expected 0, or"}}
 
-@pytest.mark.parametrize("command", BAD)
-def test_bad_input_is_one_sentence_and_nothing_is_left(here, monkeypatch, command):
+@mark.parametrize("command, code", BAD)
+def test_bad_input_is_one_sentence_and_nothing_is_left(here, monkeypatch, command, code):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     os.mkdir("text")
-    for given, wanted in BAD[command].items():
+    for given, wanted in BAD[command, code].items():
         for path in ("bad.toml", "text/a.txt"):
             Path(path).write_text(given, errors="surrogateescape")
-        args = command if command[-1:] in ("l", "t") else command + given
-        told = CliRunner().invoke(c.cli, args.split())
-        assert isinstance(told.exception, SystemExit) and told.exit_code in (1, 2), given
-        assert wanted in told.stderr and told.stdout == "", (given, told.stderr)
-        assert told.stderr.split("Error: ")[1].count("\n") == 1 and not os.path.exists("out"), given
+        assert wanted in error(command.format(given), code) and not os.path.exists("out"), given
 
 def test_a_run_folder_is_never_overwritten_unasked(here):
     """Nor is a file that is not ours, or a teacher by its student."""
@@ -1512,17 +1416,17 @@ def test_a_run_folder_is_never_overwritten_unasked(here):
     before = weights("run")
     for flags, wanted in (("--seed 1", "add --overwrite"), (
             "--teacher run --objective rkl --overwrite", "would be in one folder")):
-        assert wanted in train("run", flags, 1).stderr and weights("run") == before
+        assert wanted in untrained("run", flags) and weights("run") == before
     train("run", "--seed 1 --overwrite")
     assert weights("run") != before
     os.remove("run/model.safetensors")                  # as an interrupted run leaves it
     train("run")
     assert weights("run") == before
-    os.mkdir("mine")
-    for path in ("mine/thesis.partial", "mine/thesis.txt"):
-        Path(path).write_text("years")
-        assert "files that are no run" in train("mine", "--overwrite", 1).stderr
-        os.remove(path)                                 # which is there
+    for name in ("thesis.partial", "thesis.txt", "config.json", "tokenizer.json", "run.json"):
+        path = Path(f"mine-{name}/{name}")
+        c.write_json(path, {})
+        assert "files that are no run" in untrained(path.parent, "--overwrite")
+        assert c.read_json(path) == {}
 
 def test_teachers_that_cannot_teach(here, saved):
     """Too short, alike, or of another tokenizer, be it by its normalizer or prefix token alone."""
@@ -1532,7 +1436,7 @@ def test_teachers_that_cannot_teach(here, saved):
     for text, wanted in ((short, "teacher 1: --context 32 is longer than what it takes, 16"),
                          (alike, "teachers of different settings")):
         config.write_text(text)
-        assert wanted in train("out/run", "--objective rkl --teachers 2", 1).stderr
+        assert wanted in untrained("out/run", "--objective rkl --teachers 2")
     whole, other = c.read_json(saved / "tokenizer.json"), c.train_tokenizer(["a dog"] * 9, 300)
     flags = "--objective rkl --teacher model --tokenizer tokenizer --context 16 --pairs none"
     for tokenizer, prefix, code in (
@@ -1542,70 +1446,48 @@ def test_teachers_that_cannot_teach(here, saved):
         c.write_json(folder / "tokenizer_config.json", {"bos_token": prefix})
         assert ("has another vocabulary" in train("out/run", flags, code).stderr) == code
 
-def swap(old, new):
-    """What changes the JSON of a safetensors file, but not its length."""
-    return lambda whole: whole.replace(old, new.ljust(len(old)), 1)
+def test_a_damaged_or_unknown_model_is_one_sentence(saved):
+    config, path = c.read_json(saved / "config.json"), saved / "model.safetensors"
+    for change, wanted in DAMAGED.items():
+        c.write_json(saved / "config.json", config | json.loads(f"{{{change}}}"))
+        assert wanted in error("eval-blimp -m model"), change
+    c.write_json(saved / "config.json", config)
+    whole = path.read_bytes()
+    for old, new, wanted in (                           # in the JSON of the weights' file
+            (b'"F32"', b'"I8"', "has dtype 'I8': expected F64"), (b"{", b"[", "is damaged"),
+            (b"[0, 51200]", b"[0,999999]", "end of the file"), (b"[400, 32]", b"[1]", "is damaged"),
+            (b"[51200,", b"[51100,", "overlaps anoth"), (b"lm_head", b"lm_haed", "not of one"),
+            (b"[400, 32]", b"[-400,32]", "is damaged")):
+        path.write_bytes(whole.replace(old, new.ljust(len(old)), 1))
+        assert wanted in error("eval-blimp -m model"), new
+    for cut, wanted in ((-100, "end of the file"), (60, "is damaged"), (0, "is damaged")):
+        path.write_bytes(whole[:cut])
+        assert wanted in error("eval-blimp -m model"), cut
+    path.unlink()
+    assert "model.safetensors is missing" in error("eval-blimp -m model")
 
-@pytest.mark.parametrize("change, wanted", [
-    (lambda whole: whole[:-100], "end of the file"), (lambda whole: whole[:60], "is damaged"),
-    (lambda whole: b"", "is damaged"), (swap(b'"F32"', b'"I8"'), "has dtype 'I8': expected F64"),
-    (lambda whole: b"\4" + bytes(7) + b"{{{{" + bytes(9), "is damaged"),
-    (swap(b"[0, 51200]", b"[0,999999]"), "end of the file"), (swap(b"[400, 32]", b"[1]"), "damag"),
-    (swap(b"[51200,", b"[51100,"), "overlaps anoth"), (swap(b"lm_head", b"lm_haed"), "not of one"),
-    (swap(b"[400, 32]", b"[-400,32]"), "is damaged"), ({"model_type": ["llama"]}, "is ['llama']"),
-    ({"model_type": "mamba"}, "model_type is 'mamba': expected llama or gpt2"),
-    ({"hidden_act": "gelu"}, "hidden_act is 'gelu': expected"), ({"vocab_size": 10**30}, "is 1000"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rotary positions are scaled"),
-    ({"num_attention_heads": "two"}, "num_attention_heads is 'two': expected int"),
-    ({"hidden_size": None}, "hidden_size is None: expec"), ({"vocab_size": 10}, "at least as many"),
-    ({"num_attention_heads": 3}, "3 heads do not divide"), ({"hidden_size": 64}, "of one model"),
-    ({"head_dim": 64}, "head_dim is 64: "), (None, "model.safetensors is missing")])
-def test_a_damaged_or_unknown_model_is_one_sentence(saved, change, wanted):
-    path = saved / "model.safetensors"
-    if isinstance(change, dict):
-        c.write_json(saved / "config.json", c.read_json(saved / "config.json") | change)
-    else:
-        path.write_bytes(change(path.read_bytes())) if change else path.unlink()
-    assert wanted in invoke("eval-blimp", "-m", saved, code=1).stderr
-
-def test_what_a_breaker_found(here, saved, monkeypatch):
-    """A user's folder is not taken for a run; a FIFO is no file of pairs; text that is no UTF-8."""
-    mine = here / "mine"
-    mine.mkdir()
-    for name in ("config.json", "tokenizer.json", "run.json"):
-        (mine / name).write_text("{}")
-        said = train(mine, "--steps 1 --overwrite", 1).stderr
-        assert "files that are no run" in said and (mine / name).read_text() == "{}"
-    os.mkfifo(here / "mine/a.jsonl")
-    assert "holds no *.jsonl" in invoke("eval-blimp", "-m", saved, "-d", mine, code=1).stderr
-    assert "expected 0, or" in invoke("sample", saved, "--temperature", "nan", code=1).stderr
-    assert invoke("sample", saved, "--prompt", "caf\udce9", "--tokens", "3").stdout
-    (here / "bom.toml").write_bytes(b"\xef\xbb\xbfsteps = 3")
-    assert c.read_settings(here / "bom.toml", NO_FLAGS, [])[0].steps == 3
-    (here / "bom.toml").write_text("[teacher]\nwidth = 3")
-    with pytest.raises(click.ClickException, match="expected \\[\\[teacher"):
-        c.read_config(here / "bom.toml")
-
-def test_bad_pairs_name_file_and_line(here, saved):
+def test_bad_pairs_name_file_and_line(saved):
     """And do not show the line: EWoK's text is not to be spread."""
     ewok = [("x", "a", "b", "c", "d")]
     for good, bad in (*((AB, ("secret", *bad)) for bad in ([], [3], ["\ud83d"], [" "])),
                       (ewok, ("x", " ", "b", "secret", "c")), (ewok, ("\ud83d", *"abcd"))):
         write_pairs("p/b.jsonl", *good, bad)
-        told = invoke("eval-blimp", "-m", "model", "-d", "p", code=1).stderr
+        told = error("eval-blimp -m model -d p")
         assert "p/b.jsonl, line 2: expected a JSON object" in told and "secret" not in told
+    os.mkfifo("p/a.jsonl")
 
 NUMBERS = "0 -1 1 3 64 257 65536 2147483647 2147483648 100000000000000000000 1e400 -1e-400 NaN 0.5 "
 NUMBERS = (NUMBERS + 'true null "x" [] {} ' + "[" * 2000).encode().split()
 PIECES = [b"\0", b"\xff", b"\n", b'"', b"{", b"}", b",", b"\\u0000", b"\\ud800", b"../", b"x" * 999]
 
-def mutated(content, draw, text):
+def mutated(content, draw):
     """Changed in one to three places, most often where the file is text: bytes, numbers, pieces."""
     for _ in range(draw.choice([1, 1, 2, 3])):
-        start = draw.randrange(len(content[:text] if draw.random() < 0.8 else content))
+        text = content[:3300]                               # so long is the JSON before the weights
+        start = draw.randrange(len(text if draw.random() < 0.8 else content))
         end = start + draw.choice([0, 1, 1, 2, 8, 100])
         new = draw.choice([b"", draw.randbytes(1), draw.choice(PIECES), 2 * content[start:end]])
-        if draw.random() < 0.2 and (some := [*re.finditer(rb"-?\d+(\.\d+)?", content[:text])]):
+        if draw.random() < 0.2 and (some := [*re.finditer(rb"-?\d+(\.\d+)?", text)]):
             (start, end), new = draw.choice(some).span(), draw.choice(NUMBERS)
         content = content[:start] + new + content[end:draw.choice([None] * 19 + [end])] or b" "
     return content
@@ -1615,38 +1497,40 @@ def test_no_mutated_file_gets_through_or_brings_it_down(here, saved, vocabulary)
     write_pairs("p/a.jsonl", *((f"Dog {i} runs.", f"Dog {i} run.") for i in range(4)))
     c.keep_scores(saved, "blimp", c.read_pairs(Path("p")), np.full((4, 2), -1.5))
     m, draw, ids = model(V=60), random.Random(0), set()
+    step_of(m)
     parts = {"model": m, "optimizer": c.make_optimizer(m, settings())}
-    c.train_step(m, parts["optimizer"], None, *torch.zeros(2, 2, 8).long(), settings(), 1.0)
     c.save_state(here / "state.pt", {"run": "x", "step": 3, "seconds": 1, "logged": 9}, parts)
 
-    def read_ids():
-        ids.add(c.encode_once(here / "x.ids", vocabulary, ["A dog."], "line").tobytes())
+    def read_model(path):
+        c.load_model(saved, "cpu")
 
-    read_ids()
+    def read_ids(path):
+        ids.add(c.encode_once(path, vocabulary, ["A dog."], "line").tobytes())
+
+    read_ids(here / "x.ids")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for count, name, text, read in (                # how many, the file, its part that is text
-            (5000, "model/model.safetensors", 3300, lambda: c.load_model(saved, "cpu")),
-            (4000, "model/config.json", None, lambda: c.load_model(saved, "cpu")),
-            (2000, "model/tokenizer.json", None, lambda: c.load_vocabulary(saved)),
-            (1000, "model/tokenizer_config.json", None, lambda: c.load_vocabulary(saved)),
-            (3000, "p/a.jsonl", None, lambda: c.read_pairs(Path("p"))),
-            (1500, "model/blimp-*.jsonl", None, lambda: c.read_scores(path)),
-            (3000, "brief.toml", None, lambda: c.read_settings(path, NO_FLAGS, [])),
-            (200, "state.pt", None, lambda: c.load_state(path, "x", parts)),
-            (300, "x.ids", 512, read_ids)):
+    for count, name, read in (
+            (5000, "model/model.safetensors", read_model), (4000, "model/config.json", read_model),
+            (2000, "model/tokenizer.json", read_model),
+            (1000, "model/tokenizer_config.json", read_model),
+            (3000, "p/a.jsonl", lambda path: c.read_pairs(path.parent)),
+            (1500, "model/blimp-*.jsonl", c.read_scores),
+            (3000, "brief.toml", lambda path: c.read_settings(path, NO_FLAGS, [])),
+            (200, "state.pt", lambda path: c.load_state(path, "x", parts)),
+            (300, "x.ids", read_ids)):
         path, = here.glob(name)
         whole, refused = path.read_bytes(), 0
         for _ in range(count):
-            content, begin = mutated(whole, draw, text), time.perf_counter()
+            content, begin = mutated(whole, draw), time.perf_counter()
             path.write_bytes(content)
             try:
-                read()
+                read(path)
             except (click.ClickException, OSError) as error:
                 refused += 1
                 assert "\n" not in getattr(error, "message", ""), content[:999]
             assert time.perf_counter() - begin < 1, content[:999]
         path.write_bytes(whole)
-        read()
+        read(path)
         assert (name != "x.ids") <= refused < count
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000 and len(ids) == 1
 
@@ -1655,16 +1539,13 @@ def test_no_mutated_file_gets_through_or_brings_it_down(here, saved, vocabulary)
 
 def test_the_data_is_what_the_grammar_writes(tmp_path):
     """No scored sentence was ever heard, and counting neighbours does not solve the pairs."""
-    maker, files = script("make_tiny"), [path for path in TINY.rglob("*") if path.is_file()]
-    maker.write(tmp_path)
-    made = [(tmp_path / path.relative_to(TINY)).read_bytes() for path in files]
-    assert made == [path.read_bytes() for path in files] and len(files) == 22
-    pairs, scores = c.read_pairs(TINY / "blimp"), maker.bigram_scores()
+    make_tiny.write(tmp_path)
+    assert files_in(tmp_path) == files_in(TINY) and len(files_in(TINY)) == 22
+    pairs, scores = c.read_pairs(TINY / "blimp"), make_tiny.bigram_scores()
     heard = ((TINY / "train.txt").read_text() + (TINY / "dev.txt").read_text()).split("\n")
     assert not {*heard} & {text.strip() for pair in pairs for _, text in pair[:2]}
-    assert [len({pair[i] for pair in pairs if pair.good != pair.bad}) for i in (2, 3)] == [20, 10]
+    assert all(pair.good != pair.bad for pair in pairs) and np.mean([*scores.values()]) < 0.65
     far = re.compile("npi_scope|wh_vs_that_with_|.*(_prepositional|_two_phrases|_subject_relative)")
-    assert np.mean([*scores.values()]) < 0.65
     assert max(scores[name] for name in scores if far.match(name)) < 0.5
 
 SOURCE, README, TESTS = (Path(HOME, name).read_text() for name in (
@@ -1684,57 +1565,55 @@ def measured(text):
 
 def test_the_files_bars():
     """Nothing is used before it is defined or runs at import; each setting is read somewhere."""
-    def all_of(*kinds):
-        return [node for node in ast.walk(tree) if isinstance(node, kinds)]
-
     lines, tree, (tokens, code, docs) = SOURCE.splitlines(), ast.parse(SOURCE), measured(SOURCE)
-    lesson = next(i for i, line in enumerate(lines, 1) if "Here the lesson ends" in line)
-    assert len(lines) <= 2350 and lesson <= 1050 and tokens <= 20_500 and tokens / code <= 11.05
-    assert re.findall(r"^# (\d+)\. ", SOURCE, re.M) == [str(i) for i in range(1, 16)]
-    functions = all_of(ast.FunctionDef)
-    *_, second, longest = sorted(node.end_lineno - node.lineno + 1 for node in functions)
-    assert second <= 50 and longest <= 100 and not re.search("TODO|FIXME|XXX", SOURCE)
-    body = {i for f in functions for i in range(f.body[0].lineno, f.end_lineno + 1)} - docs
-    for last, least in ((len(lines), 0.12), (lesson, 0.20)):
-        remarks = [not lines[i - 1].strip() or "# " in lines[i - 1] for i in body if i <= last]
-        assert np.mean(remarks) >= least, (last, np.mean(remarks))
-    sides = [(type(node.targets[0]), type(node.value)) for node in all_of(ast.Assign)]
-    assert sides.count((ast.Tuple, ast.Tuple)) <= 30 and measured(TESTS)[0] <= 27_500
-    for text, most in ((SOURCE, 2350), (README, 280), (TESTS, 2300)):
+    for text, most in ((SOURCE, 2350), (LESSON, 1050), (README, 280), (TESTS, 2180)):
         assert len(text.splitlines()) <= most and max(map(len, text.splitlines())) <= 100
+    assert tokens <= 20_500 and tokens / code <= 11.05 and measured(TESTS)[0] <= 24_000
+    assert re.findall(r"^# (\d+)\. ", SOURCE, re.M) == [str(i) for i in range(1, 16)]
+    assert not re.search("TODO|FIXME|XXX", SOURCE)
+    nodes = [*ast.walk(tree)]
+    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+    *_, second, longest = sorted(node.end_lineno - node.lineno + 1 for node in functions)
+    assert second <= 50 and longest <= 100
+    body = {i for f in functions for i in range(f.body[0].lineno, f.end_lineno + 1)} - docs
+    for part, least in ((SOURCE, 0.12), (LESSON, 0.20)):
+        rows = [lines[i - 1] for i in body if i <= part.count("\n")]
+        assert np.mean([not row.strip() or "# " in row for row in rows]) >= least
+    sides = [(type(node.targets[0]), type(node.value)) for node in nodes
+             if isinstance(node, ast.Assign)]
+    assert sides.count((ast.Tuple, ast.Tuple)) <= 30
     defined = {node.name: node for node in tree.body if hasattr(node, "name")}
     assert not [(name, x.id) for name, node in defined.items() for x in ast.walk(node)
                 if isinstance(x, ast.Name) and defined.get(x.id, node).lineno > node.end_lineno]
-    read = {node.attr for node in all_of(ast.Attribute)}
-    assert c.KNOWN.keys() <= read | {constant for _, constant in c.DIVERGENCES.values()}
-    plain = ast.Import, ast.ImportFrom, ast.Assign, ast.FunctionDef, ast.ClassDef
-    rest = [ast.unparse(node)[:14] for node in tree.body[1:] if not isinstance(node, plain)]
+    constants = {constant for _, constant in c.DIVERGENCES.values()}
+    assert c.KNOWN.keys() <= {*re.findall(r"(?<=\w)\.(\w+)", SOURCE)} | constants
+    quiet = "Import ImportFrom Assign FunctionDef ClassDef".split()
+    rest = [ast.unparse(node)[:14] for node in tree.body[1:] if type(node).__name__ not in quiet]
     assert rest == ["if sys.version", "os.environ.set", "try:\n    impor", "if __name__ =="]
-    modules = {*re.findall(r"^(?:import|from) (\w+)", SOURCE.split(3 * chr(34), 2)[2], re.M)}
-    modules -= sys.stdlib_module_names
-    assert modules == {"click", "numpy", "torch", "tokenizers", "tqdm"}
+    imports = re.findall(r"^(?:import|from) (\w+)(?:$|\.| as| import)", SOURCE, re.M)
+    assert {*imports} - sys.stdlib_module_names == {*"click numpy torch tokenizers tqdm".split()}
 
 def test_the_readmes_commands_run(default_run, here):
     """One after the other, but for names in capitals, and made small where it would take long."""
     shutil.copytree(default_run / "runs", "runs")
-    teacher, tiny, config = *Path("runs").glob("t*-llama-*"), TINY, HOME / "configs/tiny.toml"
-    names = {"TRAIN_DIR": tiny, "DEV_DIR": tiny, "BLIMP_DIR": tiny / "blimp", "400000": 30_000,
-             "TEACHER": teacher, "runs/TEACHER": teacher, "runs/OTHER": teacher, "data/tiny": tiny,
-             "DIR": "runs/tiny-rkl-1-seed0", "data/blimp-filtered": tiny / "blimp",
-             "configs/small.toml": config, "configs/rv-1-24.toml": config}
+    teacher, = Path("runs").glob("t*-llama-*")
+    names = dict(pair.split("=") for pair in f"""
+        TRAIN_DIR={TINY} DEV_DIR={TINY} BLIMP_DIR={TINY}/blimp TEACHER={teacher} 400000=30000
+        runs/TEACHER={teacher} runs/OTHER={teacher} DIR={RUN} data/tiny={TINY}
+        data/blimp-filtered={TINY}/blimp configs/small.toml={HOME}/configs/tiny.toml
+        configs/rv-1-24.toml={HOME}/configs/tiny.toml""".split())
     small = {"train": "--steps 2 --warmup 1 --sample 20", "bench": "--rows 32 --vocab-size 64"}
     commands = re.findall(r"^ {4}((?:python|torchrun) .*)", re.sub(r"\\\n *", "", README), re.M)
     assert len(commands) > 12
     for i, command in enumerate(commands):
-        words = [str(names.get(word, word)) for word in shlex.split(command, comments=True)]
+        words = [names.get(word, word) for word in shlex.split(command, comments=True)]
         start = 1 if words[0] == "python" else 3
         program, verb, *args = [*words[start:], *small.get(words[start + 1], "").split()]
         args += ["-o", f"runs/{i}"] * (verb == "train" and not {"-o", "--out"} & {*words})
         if program == "choobaca.py" and start == 1:
-            assert invoke(verb, *args).stdout, command
+            assert invoke(shlex.join([verb, *args])).stdout, command
         elif program.startswith("data/"):
-            told = CliRunner().invoke(script(Path(program).stem).cli, [verb, "--help"])
-            assert told.exit_code == 0, command
+            assert program[5:-3] in ("download", "figures") and invoke(f"{verb} --help")
         else:
             run = [sys.executable, *["-m", "torch.distributed.run", *words[1:3]] * (start > 1)]
             assert subprocess.run([*run, HOME / program, verb, *args]).returncode == 0, command
@@ -1743,18 +1622,17 @@ def test_the_readmes_divergence_is_one(here, monkeypatch):
     """The line, put where the README says: its value, and a training of two steps."""
     block, start = README[README.index("## Add a div"):], "DIVERGENCES = {\n"
     name, entry = re.search(r'^ {4}"(\w+)": (\(.*\)),$', block, re.M).groups()
-    literal = re.search(rf'^ {{4}}"{name}": (lambda.*),$', block, re.M)[1]
+    words = re.search(rf'^ {{4}}"{name}": (lambda.*),$', block, re.M)[1]
     Path("other.py").write_text(SOURCE.replace(start, f'{start}"{name}": {entry},\n'))
     monkeypatch.syspath_prepend(here)
     import other
-    log_q, log_p = torch.randn(2, 5, 40, dtype=torch.float64).log_softmax(-1)
-    found = other.DIVERGENCES[name][0](log_q, log_p, None, None)
-    torch.testing.assert_close(found, eval(literal)(log_q, log_p, None, None), rtol=0, atol=1e-10)
-    args = f"train -c brief.toml --teachers 1 --steps 2 -o r/x --objective {name}"
-    assert CliRunner().invoke(other.cli, args.split()).exit_code == 0
+    logs = randn(2, 5, 40).log_softmax(-1)
+    assert alike(other.DIVERGENCES[name][0](*logs, None, None), eval(words)(*logs, None, None))
+    monkeypatch.setattr(c, "cli", other.cli)
+    train("r/x", f"--teachers 1 --steps 2 --objective {name}")
 
 def test_the_readmes_transformers_block_runs(default_run, monkeypatch):
-    transformers, names = pytest.importorskip("transformers"), {}
+    transformers, names = importorskip("transformers"), {}
     monkeypatch.chdir(default_run)
     block = re.findall(r"^ {4}((?:from transformers|model =|tokenizer =).*)", README, re.M)
     exec("\n".join(block), names)
@@ -1768,15 +1646,15 @@ def test_the_readme_is_of_this_program(default_run, monkeypatch):
         return {*re.findall("`(.*?)`", " ".join(cells))}
 
     monkeypatch.chdir(default_run)
-    keys = {key for line in history("runs/tiny-rkl-1-seed0") for key in line}
+    keys = {key for line in history(RUN) for key in line}
     assert first_cells("| key of the log |") == keys | {"seconds", "tokens_per_second"}
     named = first_cells("| `--objective` | D |") | first_cells("| the others | D |")
     assert named == {*c.KNOWN["objective"].metadata["choices"]}
-    args, said = ["eval-blimp", "-d", TINY / "blimp"], Path("out.txt").read_text()
+    command, said = f"eval-blimp -d {TINY}/blimp", Path("out.txt").read_text()
     teacher, student = map(float, re.findall(r"([\d.]+) ±", re.search("mean of 20 .*", said)[0]))
-    result, said = json.loads(invoke(*args, "--json").stdout), said + invoke(*args).stdout
+    result, said = json.loads(invoke(command + " --json").stdout), said + invoke(command).stdout
     assert teacher >= 90 and 85 <= student <= 98 and student == round(100 * result["accuracy"], 1)
-    assert f"{result['model']} {result['n']}" == "runs/tiny-rkl-1-seed0 2000"
+    assert f"{result['model']} {result['n']}" == f"{RUN} 2000"
     shown = README.split("is included, and prints\n")[1].split("**Status.**")[0]
     for line in re.findall("^ {4}(?!python)(.*[a-z].*)", shown, re.M):
         assert re.sub(r"[\d.\s]+", " ", line).strip() in re.sub(r"[\d.\s]+", " ", said), line
@@ -1784,25 +1662,17 @@ def test_the_readme_is_of_this_program(default_run, monkeypatch):
 # -----------------------------------------------------------------------------
 # data/download.py
 
-def run_script(module, *args, code: int = 0) -> str:
-    """What a script's command says, checked to have ended with the exit code and no traceback."""
-    result = CliRunner().invoke(module.cli, [str(arg) for arg in args])
-    assert isinstance(result.exception, SystemExit | None), result.exception
-    assert result.exit_code == code, result.output
-    return result.stderr if code else result.stdout
-
-def files_in(folder: Path) -> dict[str, bytes]:
+def files_in(folder):
     paths = [path for path in folder.rglob("*") if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
-def zipped(files: dict, packed: int = zipfile.ZIP_DEFLATED) -> bytes:
+def zipped(files, packed=zipfile.ZIP_DEFLATED):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", packed) as made:
         for name, content in files.items():
-            made.writestr(zipfile.ZipInfo(name), content, packed)
+            made.writestr(name, content)
     return buffer.getvalue()
 
-load = script("download")
 PAIRS = {"": r"data/(\w+\.jsonl)"}
 NOISE = {f"{name}.jsonl": np.random.default_rng(i).bytes(90_000) for i, name in enumerate("abc")}
 GOOD = zipped({f"data/{name}": content for name, content in NOISE.items()})
@@ -1820,9 +1690,8 @@ class Site(socketserver.StreamRequestHandler):
         whole, part = sized % (b"200 OK", len(body), body), sized % (b"416 None", 0, b"")
         if start < len(body):
             part = sized % (b"206 Part", len(body) - start, body[start:])
-        pieces = body[:half], body[half:], b""
-        chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"".join(
-            b"%x\r\n%b\r\n" % (len(piece), piece) for piece in pieces)
+        chunked = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (
+            len(body), body)
         moved = b"HTTP/1.1 302 Found\r\nLocation: /%s\r\n\r\n"
         first, later = {
             "whole": (whole, part), "deaf": (whole[:-half], whole), "silent": (b"", b""),
@@ -1837,21 +1706,24 @@ class Site(socketserver.StreamRequestHandler):
             if self.server.half.exists() and self.server.half.stat().st_size >= load.PIECE:
                 return _thread.interrupt_main()             # as Ctrl-C does
 
-@pytest.fixture
+@fixture
 def site(tmp_path, monkeypatch):
     """A server, whose `run` runs the command on it: nothing or everything is then there."""
+    real = urllib.request.urlopen                           # it has to be told how long to wait
+    monkeypatch.setattr(urllib.request, "urlopen", lambda url, timeout: real(url, timeout=1))
     monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.chdir(tmp_path)
 
-    def run(way: str = "whole", digest: str = "", code: int = 0) -> str:
+    def run(way="whole", digest="", code=0):
         url = way if "://" in way else server.url + way
         monkeypatch.setitem(load.SOURCES, "supplement", [load.Source(url, PAIRS, digest)])
-        message = run_script(load, "supplement", "-o", tmp_path / "pairs", code=code)
+        message = invoke("supplement -o pairs", code).output
         there = files_in(tmp_path)
         if not code:
             assert there == {f"pairs/{key}": NOISE[key] for key in NOISE}
-            assert not server.half.parent.exists()
+            assert os.listdir() == ["pairs"]
             return message
-        assert set(there) <= {"pairs.partial/1.zip", "pairs.partial/1.zip.partial"}
+        assert {*there} <= {"pairs.partial/1.zip", "pairs.partial/1.zip.partial"}
         message = message.split("Error: ")[-1].strip()
         assert "Aborted!" in message or "\n" not in message and re.search(f"{url}|1.zip", message)
         return message
@@ -1866,18 +1738,15 @@ def site(tmp_path, monkeypatch):
         server.over.set()
         server.shutdown()
 
-@pytest.mark.parametrize("digest", ["", SHA256, MD5])
-@pytest.mark.parametrize("way", ["whole", "unsized"])
+@mark.parametrize("digest", ["", SHA256, MD5])
+@mark.parametrize("way", ["whole", "unsized"])
 def test_a_download_happens_once(site, way, digest):
     assert "pairs: 3 files, 270,000 bytes" in site.run(way, digest)
     assert "is there already" in site.run(way, digest) and site.asked == [0]
 
-@pytest.mark.parametrize("digest", ["", SHA256])
-@pytest.mark.parametrize("way", "broken moved interrupted stalled deaf unsized-broken".split())
-def test_a_broken_download_goes_on(site, way, digest, monkeypatch):
-    real, waits = urllib.request.urlopen, []
-    monkeypatch.setattr(urllib.request, "urlopen", lambda request, timeout:
-                        waits.append(timeout) or real(request, timeout=0.3))
+@mark.parametrize("digest", ["", SHA256])
+@mark.parametrize("way", "broken moved interrupted stalled deaf unsized-broken".split())
+def test_a_broken_download_goes_on(site, way, digest):
     message = site.run(way, digest, code=1)
     assert ("Aborted!" if way == "interrupted" else " could not be downloaded: ") in message
     got = site.half.read_bytes()
@@ -1885,10 +1754,10 @@ def test_a_broken_download_goes_on(site, way, digest, monkeypatch):
     assert way != "broken" or f"after {len(got):,} of {len(GOOD):,} bytes. Run this" in message
     site.run(way, digest)
     assert site.asked == ([0, 0, len(got), len(got)] if way == "moved" else [0, len(got)])
-    assert set(waits) == {30}
 
 def test_what_an_earlier_download_left_is_never_trusted(site):
     """Whole, too long, of another file, by hand: what comes out is the file, or a sentence."""
+    by_hand = site.half.with_name("1.zip")
     for left in (GOOD, GOOD + b"more", b"x" * 1_000, b""):
         site.half.parent.mkdir()
         site.half.write_bytes(left)
@@ -1897,38 +1766,23 @@ def test_what_an_earlier_download_left_is_never_trusted(site):
             assert ("HTTP Error 416" if left.startswith(GOOD) else f"expected {SHA256}") in message
             assert files_in(site.half.parent) == {}
         assert f"the md5 {MD5}: expected {'0' * 32}. Run this" in site.run(digest="0" * 32, code=1)
-        site.half.with_name("1.zip").write_bytes(b"by hand")
+        by_hand.write_bytes(b"by hand")
         assert hashlib.sha256(b"by hand").hexdigest() in site.run(digest=SHA256, code=1)
         assert files_in(site.half.parent) == {"1.zip": b"by hand"}
-        site.half.with_name("1.zip").write_bytes(GOOD)
+        by_hand.write_bytes(GOOD)
         site.run("missing", SHA256)
-        shutil.rmtree(site.half.parent.with_name("pairs"))
+        shutil.rmtree("pairs")
 
-def test_a_download_that_cannot_be_is_one_sentence(site, monkeypatch):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        closed = f"http://127.0.0.1:{free.getsockname()[1]}/x.zip"
-    real = urllib.request.urlopen
-
-    def impatient(request, timeout):
-        if "osf.test" in request.full_url:                  # no name server is asked here
-            raise OSError(socket.gaierror(-2, "Name or service not known"))
-        return real(request, timeout=0.3)
-    monkeypatch.setattr(urllib.request, "urlopen", impatient)
+def test_a_download_that_cannot_be_is_one_sentence(site):
+    closed = f"http://127.0.0.1:{free_port()}/x.zip"
     wanted = r" could not be downloaded: .*{}.*put the file there by hand: \S+partial/1\.zip\.$"
     for way, reason in {"missing": "404: Not Found", "loop": "infinite loop", "babble": "SSH-2.0",
-                        "silent": "timed out", closed: "refused", "http://osf.test/x": "not known"
-                        }.items():
+                        "silent": "timed out", closed: "refused"}.items():
         assert re.search(wanted.format(reason), site.run(way, code=1)), way
 
 def test_a_full_disk_keeps_what_was_downloaded(site):
-    resource = pytest.importorskip("resource")
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
-    try:
+    with room_for(100_000):
         assert "File too large" in site.run(code=1)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     site.run()
     assert site.asked == [0, 100_000]
 
@@ -1938,7 +1792,6 @@ def test_a_hostile_archive_is_one_sentence(site, monkeypatch):
     zeros = zipped({"data/a.jsonl": b"\0" * 50_000})
     two = zipped({f"data/{i}.jsonl": b"\0" * 20_000 for i in (1, 2)})
     for content, wanted in (
-            (b"<html>", "not a zip file"), (b"", "not a zip file"),
             (GOOD[:len(GOOD) // 2], "not a zip file"), (plain[9_000:], "cannot be unpacked"),
             (plain.replace(b"text text", b"test text", 1), "Bad CRC-32 for file 'data/a.jsonl'"),
             (plain.replace(b"\x14\0\0\0", b"\x14\0\1\0"), "encrypted"),
@@ -1953,10 +1806,10 @@ def test_a_hostile_archive_is_one_sentence(site, monkeypatch):
 
 def test_no_bit_of_an_archive_can_be_wrong_unseen(tmp_path):
     """Any one of them: the text is what it was, or the error is a sentence."""
-    text, draw, errors = b"Some text. " * 30, np.random.default_rng(0), 0
-    for packed, _ in itertools.product((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED), range(400)):
+    text, draw, errors = b"Some text. " * 30, random.Random(0), 0
+    for packed in [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED] * 400:
         content = bytearray(zipped({"data/a.jsonl": text}, packed))
-        content[draw.integers(len(content))] ^= 1 << draw.integers(8)
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
         (tmp_path / "x.zip").write_bytes(content)
         try:
             load.unpack(tmp_path / "x.zip", PAIRS, tmp_path / "out")
@@ -1972,7 +1825,7 @@ def test_no_path_leads_out_of_the_folder_and_every_pattern_matches(tmp_path):
             "data/i.jsonl/", "data/x/j.jsonl", "notdata/k.jsonl", "__MACOSX/data/._d.jsonl"]
     (tmp_path / "x.zip").write_bytes(zipped({name: name for name in taken + left}))
     load.unpack(tmp_path / "x.zip", load.SOURCES["blimp"][0].members, tmp_path / "deep/er/folder")
-    with pytest.raises(click.ClickException, match="4 wanted files of .* expected data.* and dev"):
+    with raises(click.ClickException, match="4 wanted files of .* expected data.* and dev"):
         load.unpack(tmp_path / "x.zip", {**PAIRS, "dev": "dev/(.*)"}, tmp_path / "out")
     (tmp_path / "x.zip").unlink()
     assert files_in(tmp_path) == {f"deep/er/folder/{name[-7:]}": name.encode() for name in taken}
@@ -1988,36 +1841,33 @@ LISTINGS = {        # what the archives of a source may hold; "=" and what it be
     "blimp": ["data/ data/principle_A_case_1.jsonl=principle_A_case_1.jsonl raw/x.jsonl"],
     "supplement": ["blimp_filtered/x.jsonl supplement_filtered/qa_easy.jsonl=qa_easy.jsonl"]}
 
-@pytest.mark.parametrize("name", load.SOURCES)
+@mark.parametrize("name", load.SOURCES)
 def test_a_source_is_unpacked_then_cleaned_or_filtered(tmp_path, monkeypatch, name):
     """All archives become data/NAME; what is made of it is made again where it is missing."""
     monkeypatch.setattr(c, "HOME", tmp_path)
-    raw, made, work = {}, {}, tmp_path / f"data/{name}.partial"
+    data, raw, made = tmp_path / "data", {}, {}
+    work = data / f"{name}.partial"
     work.mkdir(parents=True)
+    kept, rare = (b'{"sentence_good":  "%b", "sentence_bad": ""}\n' % x for x in (b"A", b"Dims"))
     for i, listing in enumerate(LISTINGS[name], 1):
-        contents = {}
-        for member, _, path in (entry.partition("=") for entry in listing.split()):
-            two = [f'{{"sentence_good":  "{member}", "sentence_bad": "{word}"}}\n'.encode()
-                   for word in ("A", "Dims")]
-            contents[member] = b"".join(two)
-            if path:
-                raw[f"{name}/{path}"] = contents[member]
-            if path and name == "blimp":
-                made[f"{name}-filtered/{path}"] = two[0]
-            if path and "babylm" in name:
+        entries = [entry.partition("=") for entry in listing.split()]
+        (work / f"{i}.zip").write_bytes(zipped({member: kept + rare for member, *_ in entries}))
+        for path in [path for *_, path in entries if path]:
+            raw[f"{name}/{path}"] = kept + rare
+            if name == "blimp":
+                made[f"blimp-filtered/{path}"] = kept
+            if "babylm" in name:
                 spaces = b" " if re.search("childes|bnc", path) else b"  "
-                path = f"{name}/{path.replace('/', '-clean/')}"
-                made[path] = contents[member].replace(b"  ", spaces)
-        (work / f"{i}.zip").write_bytes(zipped(contents))
+                path = path.replace("/", "-clean/")
+                made[f"{name}/{path}"] = (kept + rare).replace(b"  ", spaces)
     known = load.SOURCES[name]
-    assert not known[0].digest or f"expected {known[0].digest}" in run_script(load, name, code=1)
+    assert not known[0].digest or f"expected {known[0].digest}" in error(name)
     monkeypatch.setitem(load.SOURCES, name, [source._replace(digest="") for source in known])
-    assert f"data/{name}: {len(raw)} files" in run_script(load, name) and not work.exists()
-    assert files_in(tmp_path / "data") == raw | made
-    for path in list(made)[:1]:
-        shutil.rmtree((tmp_path / "data" / path).parent)
-    assert f"data/{name} is there already" in run_script(load, name)
-    assert files_in(tmp_path / "data") == raw | made
+    for said in (f"{len(raw)} files", "is there already"):
+        assert said in invoke(name).stdout and not work.exists()
+        assert files_in(data) == raw | made
+        for path in [*made][:1]:
+            shutil.rmtree((data / path).parent)
     for url, _, digest in known:
         assert re.fullmatch("https://.* (|[0-9a-f]{32}|[0-9a-f]{64})", f"{url} {digest}")
 
@@ -2031,134 +1881,125 @@ CLEANED = {"childes.train": ("*MOT:\tthere  it is .", "*MOT: there it is."),
            "gutenberg.train": ("\ufeffa  b ,", "\ufeffa  b ,"),
            "._qed.train": ("MY", ""), "cbt.test": ("a  b", ""), "notes.md": ("a  b", "")}
 
-def test_cleaning_by_domain(tmp_path):
-    old, new = tmp_path / "old", tmp_path / "deep/new"
-    old.mkdir()
+def test_cleaning_by_domain(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("old")
     for name, (before, _) in CLEANED.items():
-        (old / name).write_bytes(before.encode())
-    assert "7 files" in run_script(load, "clean", old, new)
-    assert files_in(new) == {name: after.encode() for name, (_, after) in CLEANED.items() if after}
-    assert "is there already" in run_script(load, "clean", old, new, code=1)
-    assert "no .train or .dev or .txt" in run_script(load, "clean", tmp_path / "x", old, code=1)
-    (old / "qed.dev").write_bytes(b"ab\xff")
-    assert "qed.dev is not UTF-8: " in run_script(load, "clean", old, tmp_path / "deep/er", code=1)
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["new"]
+        Path("old", name).write_bytes(before.encode())
+    assert "7 files" in invoke("clean old deep/new").stdout
+    cleaned = {name: after.encode() for name, (_, after) in CLEANED.items() if after}
+    assert files_in(Path("deep/new")) == cleaned
+    Path("old/qed.dev").write_bytes(b"ab\xff")
+    for folders, wanted in (("old deep/new", "is there already"), ("x old", "no .train or .dev or"),
+                            ("old deep/er", "qed.dev is not UTF-8: ")):
+        assert wanted in error(f"clean {folders}")
+    assert os.listdir("deep") == ["new"]
 
-def test_filtering_by_words(tmp_path):
+def test_filtering_by_words(tmp_path, monkeypatch):
     """A pair goes if either sentence has one of the rare words, whatever its case, as a whole."""
-    assert len(set((HOME / "data/blimp_rare_words.txt").read_text().split())) == 102
-    pairs = [("Scorch it.", "Karl ran."), ("Ex-husbands left.", "It left."),
-             ("The warp ran.", "A husband left."), ("The dog ran.", "Karla's dog ran.")]
-    lines = [json.dumps({"x": 1, "sentence_bad": b, "sentence_good": a}) + "\n" for a, b in pairs]
-    old, new = tmp_path / "old", tmp_path / "new"
-    old.mkdir()
-    (old / "a.jsonl").write_text(" \n".join(lines))
-    (old / "._a.jsonl").write_bytes(b"\0")
-    assert "1 files, 2 lines" in run_script(load, "filter", old, new)
-    assert files_in(new) == {"a.jsonl": (lines[0] + lines[2]).encode()}
+    monkeypatch.chdir(tmp_path)
+    assert len({*(HOME / "data/blimp_rare_words.txt").read_text().split()}) == 102
+    path, other = Path("old/a.jsonl"), Path("old/b.jsonl")
+    write_pairs(path, ("Scorch it.", "Karl ran."), ("Ex-husbands left.", "It left."),
+                ("The warp ran.", "A husband left."), ("The dog ran.", "Karla's dog ran."), x=1)
+    first, *rest = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b" \n".join([first, *rest]))
+    path.with_name("._a.jsonl").write_bytes(b"\0")
+    assert "1 files, 2 lines" in invoke("filter old new").stdout
+    assert files_in(Path("new")) == {"a.jsonl": first + rest[1]}
     for line in (b"{", b"[]", b'"a"', b"\xff", b'{"sentence_good": "a"}', b"[" * 100_000,
                  b'{"sentence_good": 1, "sentence_bad": 2}'):
-        (old / "b.jsonl").write_bytes(lines[0].encode() + line)
-        error = run_script(load, "filter", old, tmp_path / "x", code=1)
-        assert "b.jsonl, line 2: expected a JSON object with strings sentence_good" in error, line
-        assert {path.name for path in tmp_path.iterdir()} == {"old", "new"}
+        other.write_bytes(first + line)
+        said = error("filter old x")
+        assert "b.jsonl, line 2: expected a JSON object with strings sentence_good" in said, line
+        assert {*os.listdir()} == {"old", "new"}
 
 SHARED = HOME.parent / "shared/data/blimp.tar.xz"
 
-@pytest.mark.skipif(not SHARED.exists(), reason="needs the real BLiMP")
-def test_filtered_blimp_has_babylms_pairs(tmp_path):
-    with tarfile.open(SHARED) as archive:
-        archive.extractall(tmp_path, filter="data")
-    assert "67 files, 59,875" in run_script(load, "filter", tmp_path / "blimp", tmp_path / "x")
-    sizes = {name: content.count(b"\n") for name, content in files_in(tmp_path / "x").items()}
+@mark.skipif(not SHARED.exists(), reason="needs the real BLiMP")
+def test_filtered_blimp_has_babylms_pairs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.unpack_archive(SHARED, filter="data")
+    assert "67 files, 59,875" in invoke("filter blimp x").stdout
+    sizes = {name: content.count(b"\n") for name, content in files_in(Path("x")).items()}
     some = [sizes[f"{name}.jsonl"] for name in ("passive_1", "causative", "wh_island")]
     assert sum(sizes.values()) == 59_875 and some == [840, 818, 960]
 
 # -----------------------------------------------------------------------------
 # data/figures.py
 
-figures = script("figures")
 POINTS = torch.arange(50, dtype=torch.float64) / 5
 
-def draw(*args, code=0):
-    """The result of a command of data/figures.py: an error is one sentence and no traceback."""
-    result = CliRunner().invoke(figures.cli, [str(arg) for arg in args])
-    assert result.exit_code == code and result.stderr.count("Error: ") == (code > 0), result.output
-    return result
-
-def table_of(page) -> list[list[str]]:
-    """The texts in the cells of a report's table; the page is well-formed XML, without a script."""
+def table_of(page):
+    """The rows of a report's table; the page is well-formed XML, without a script."""
     table = ElementTree.fromstring(page.read_text()).find("body/table")
     assert not re.search("<script|<link|src=|@import|url\\(", page.read_text())
-    return [["".join(cell.itertext()) for cell in row] for row in table]
+    heads, *rows = [["".join(cell.itertext()) for cell in row] for row in table]
+    return [dict(zip(heads, row)) for row in rows]
 
-@pytest.fixture(scope="module")
-def two_runs(tmp_path_factory):
-    """A student and its teacher, of 24 steps."""
-    student = tmp_path_factory.mktemp("runs") / "x-drkl-1"
-    flags = "--width 32 --layers 1 --inner 32 --steps 24 --sample 40 --objective drkl --gamma 2"
-    invoke("train", *flags.split(), "--teachers", "1", "-o", student)
-    return student, *student.parent.glob("teacher-*")
-
-def test_a_report_shows_what_the_runs_are(two_runs, tmp_path):
-    assert draw("report", *two_runs).stdout == f"{two_runs[0] / 'report.html'}\n"
-    heads, *rows = table_of(two_runs[0] / "report.html")
-    for run, row in zip(two_runs, rows):
-        log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        mean = 100 * c.read_scores(*run.glob("blimp-*"))[1].mean()   # two pairs of each paradigm
-        assert row[heads.index("blimp, %")].startswith(f"{mean:.1f} ± ")
-        assert row[heads.index("loss")] == f"{np.mean([line['loss'] for line in log[-21:-1]]):.3f}"
-        assert row[heads.index("dev loss")] == f"{log[-1]['dev_loss']:.3f}"
-    teacher, loss = two_runs[1].name, "0.5 ce + 2 drkl at temperature 2, gamma 2"
-    assert rows[0][:1] + rows[0][2:5] == [f"● x-drkl-1{two_runs[0]}", loss, teacher, "24"]
-    assert rows[1][2:5] == ["ce", "none", "24"] and rows[1][heads.index("kl")] == ""
-    draw("report", *two_runs, "-o", tmp_path / "a.svg")
-    titles = re.findall('"title">(.*?)[ ,-].*?</text>', (tmp_path / "a.svg").read_text())
+def test_a_report_shows_what_the_runs_are(default_run, tmp_path):
+    student, (teacher,) = default_run / RUN, default_run.glob("runs/teacher-*")
+    assert invoke(f"report {student} {teacher}").stdout == f"{student}/report.html\n"
+    rows = table_of(student / "report.html")
+    for run, row in zip((student, teacher), rows):
+        *log, last = history(run)
+        mean = 100 * c.read_scores(*run.glob("blimp-*"))[1].mean()   # paradigms are alike long
+        assert row["blimp, %"].startswith(f"{mean:.1f} ± ")
+        assert row["loss"] == f"{np.mean([line['loss'] for line in log[-20:]]):.3f}"
+        assert row["dev loss"] == f"{last['dev_loss']:.3f}"
+    shown = [f"{row['run']}; {row['objective']}; {row['teachers']}; {row['steps']}" for row in rows]
+    assert shown == [
+        f"● {student.name}{student}; 0.5 ce + 2 rkl at temperature 2; {teacher.name}; 999",
+        f"● {teacher.name}{teacher}; ce; none; 999"] and rows[1]["kl"] == ""
+    invoke(f"report {student} {teacher} -o {tmp_path}/a.svg")
+    drawn = ElementTree.parse(tmp_path / "a.svg").iter()
+    titles = [re.match("\\w+", x.text)[0] for x in drawn if x.get("class") == "title"]
     assert titles == ["Accuracy", "Cross", "Divergence", "Loss", "Learning", "Beta"]
-    ElementTree.parse(tmp_path / "a.svg")
 
-def test_paradigms_count_alike(monkeypatch):
-    names = [("a_b", "p", 1), ("a_b", "q", 1), ("a_b", "q", 2), ("c", "r", 1), ("c", "r", 2)]
-    monkeypatch.setattr(c, "read_scores", lambda path: (names, np.array([1, 0, 1, 1, 0])))
-    means = figures.accuracies(["one model"])
-    assert means.pop("mean of 3 paradigms") == [pytest.approx((200 / 3, 50 * 2**0.5 / 3))]
-    assert means == {"a b": [(75, 25)], "c": [(50, 50)]}
-
-def test_a_report_of_a_killed_run_of_a_plain_model_and_of_hostile_names(two_runs, tmp_path):
+def test_a_report_of_a_killed_run_of_a_plain_model_and_of_hostile_names(default_run, tmp_path):
     bad, out = "<script>alert('&\"')<-script>", tmp_path / "a.html"
-    run = shutil.copytree(two_runs[0], tmp_path / bad)
+    run = shutil.copytree(default_run / RUN, tmp_path / bad)
     plain = shutil.copytree(run, tmp_path / "plain")
     for path in (run / "model.safetensors", plain / "run.json", *run.glob("blimp-*")):
         path.unlink()
-    (run / "log.jsonl").write_text((run / "log.jsonl").read_text() + '{"step": 41, "loss": 0.')
-    facts = json.loads((run / "run.json").read_text()) | {"teachers": [bad, 3, "\ud800"]}
+    (run / "log.jsonl").write_text('{"step": 40, "loss": 0.5}\n{"step": 41, "loss": 0.')
+    facts = c.read_json(run / "run.json") | {"teachers": [bad, 3, "\ud800"]}
+    facts["settings"] |= {"objective": "drkl", "gamma": 2}
     del facts["settings"]["progressive"]                # as an older version would
     c.write_json(run / "run.json", facts)
-    assert "No accuracies" in draw("report", plain, run, "-o", out).stderr
-    assert table_of(out)[1][2:] == [""] * 8
-    assert table_of(out)[2][3:5] == [f"{bad}, 3, ?", "24, unfinished"]
+    command = shlex.join(map(str, ["report", plain, run, "-o", out]))
+    assert "No accuracies" in invoke(command).stderr
+    first, second = table_of(out)
+    assert not any([*first.values()][2:])
+    assert second["objective"] == "0.5 ce + 2 drkl at temperature 2, gamma 2"
+    assert second["teachers"] == f"{bad}, 3, ?" and second["steps"] == "40, unfinished"
 
-def test_a_report_of_what_is_damaged_is_one_sentence(two_runs, tmp_path):
-    run, twin = (shutil.copytree(two_runs[0], tmp_path / name) for name in ("run", "twin"))
-    facts, out, (scores,) = (run / "run.json").read_text(), tmp_path / "a.html", run.glob("blimp*")
-    cases = [("run.json", text) for text in ("{", "{}", facts.replace("2.0", "[]"))]
-    cases += [("log.jsonl", text + '\n{"step": 1}\n') for text in (
-        "[]", '{"loss": 1}', '{"step": "a"}', '{"step": 1, "loss": []}', '{"step": NaN}')]
-    for name, text in (*cases, ("log.jsonl", ""), ("config.json", "[]"), (scores.name, "{")):
-        kept = (run / name).read_bytes()
-        (run / name).write_text(text)
-        assert f"{run / name}" in draw("report", run, "-o", out, code=1).stderr and not out.exists()
-        (run / name).write_bytes(kept)
-    (twin / scores.name).write_text(scores.read_text().replace('"line": ', '"line": 1'))
-    for args, wanted in (([run, twin], "of different pairs"), ([run, run], "1 to 8 different"),
-                         ([tmp_path], "no finished model"), ([run, "-o", "a.txt"], "a name in")):
-        assert wanted in draw("report", "-o", out, *args, code=1).stderr
+def test_a_report_of_what_is_damaged_is_one_sentence(default_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("run", "twin"):
+        shutil.copytree(default_run / RUN, name)
+    scores, = Path("run").glob("blimp*")
+    bad_lines = '[] {"loss":1} {"step":"a"} {"step":1,"loss":[]} {"step":NaN}'.split()
+    for name, texts in {
+            "run.json": ("{", "{}", Path("run/run.json").read_text().replace("2.0", "[]")),
+            "log.jsonl": ("", *(line + '\n{"step": 1}\n' for line in bad_lines)),
+            "config.json": ["[]"], scores.name: ["{"]}.items():
+        path = Path("run", name)
+        kept = path.read_bytes()
+        for text in texts:
+            path.write_text(text)
+            assert str(path) in error("report run -o a.html") and not os.path.exists("a.html")
+        path.write_bytes(kept)
+    Path("twin", scores.name).write_text(scores.read_text().replace('"line": ', '"line": 1'))
+    for runs, wanted in (("run twin", "of different pairs"), ("run run", "1 to 8 different"),
+                         (".", "no finished model"), ("run -o a.txt", "a name in")):
+        assert wanted in error(f"report -o a.html {runs}")
 
 def test_a_chart_takes_any_numbers_and_has_few_round_ticks():
     for low, high in ((0, 1), (-3, 1e-9), (2.28, 2.31), (7, 13_200), (1e20, 3e20)):
         found = figures.ticks(low, high)
-        gaps = {f"{b - a:.6e}" for a, b in itertools.pairwise(found)}
-        assert 2 <= len(found) <= 6 and low <= min(found) and max(found) <= high * (1 + 1e-12)
+        gaps = {f"{gap:.6e}" for gap in np.diff(found)}
+        assert 2 <= len(found) <= 6 and low <= found[0] and found[-1] <= high * (1 + 1e-12)
         assert len(gaps) == 1 and re.match("[125]\\.000000e", *gaps)
     for low, high in ((0, 0), (0, 5e-324), (2, 2 + 1e-15), (-1e29, 1e29), (1e-300, 0)):
         series = {f"{'long-' * 6}{i}": [(i, low), (2**53 - 1, high)] for i in range(8)}
@@ -2167,97 +2008,90 @@ def test_a_chart_takes_any_numbers_and_has_few_round_ticks():
         assert len(dots) == 9 and max(dots) < 300 and not re.search("nan|inf", chart)
 
 def test_in_the_toy_all_find_the_teacher_and_each_fits_its_part_first():
-    """AKL paper, Figures 2 and 3, from 20 starts a teacher: forward KL fits the head first, reverse
-    KL the far tail, and without Adam the whole tail."""
-    p = torch.stack([*figures.toy_teachers(POINTS).values()]).repeat_interleave(20, 0)
-    start = torch.rand(80, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    falling = p.sort(-1, descending=True)[0]
-    head = p >= falling.gather(1, (falling.cumsum(1) < 0.5).sum(1, True)) * (1 - 1e-9)
-    far = p < 1e-3                                      # which two modes have not
+    """Forward KL fits the head first, reverse KL the far tail, without Adam the whole tail."""
+    for how, objectives in (("adam", LITERAL), ("sgd", ("fkl", "rkl"))):
+        flags = " ".join(f"--objective {name}" for name in objectives)
+        told = invoke(f"toy --json --optimizer {how} {flags}").stdout
+        for teacher, result in json.loads(told).items():
+            rows = result["objectives"]                 # reverse KL's error less forward KL's:
+            head, tail, far = (np.subtract(rows["rkl"][part], rows["fkl"][part])
+                               for part in ("head", "tail", "far"))
+            if how == "sgd":
+                assert (tail[1:51] < 0).all()
+                continue
+            assert max(row["largest"] for row in rows.values()) < 1e-3
+            assert (head[1:8] > 0).all() and (tail[1:5] > 0).all()
+            assert teacher == "two modes" or (far[1:11] < 0).all()      # which has no far tail
 
-    def gaps(name, epochs, optimizer):                  # by epoch, student and point
-        q, _ = figures.fit_distribution(p, name, start, lambda z: z, epochs, optimizer)
-        return (q - p).abs()
-
-    ends = {name: gaps(name, 200, "adam") for name in LITERAL}
-    more = ends["rkl"] - ends["fkl"]                    # reverse KL's error less forward KL's
-    assert all(gap[-1].max() < 1e-3 for gap in ends.values())
-    assert ((more * head).sum(-1)[1:8] > 0).all()
-    assert ((more * far).sum(-1)[1:11, far.any(1)] < 0).all()
-    assert ((more * ~head).sum(-1)[1:5] > 0).double().mean() > 0.95
-    assert (((gaps("rkl", 50, "sgd") - gaps("fkl", 50, "sgd")) * ~head).sum(-1)[1:] < 0).all()
-
-@pytest.mark.parametrize("name", c.DIVERGENCES)
+@mark.parametrize("name", c.DIVERGENCES)
 def test_the_toy_descends_by_the_divergences_gradients(name):
-    """A step of plain descent, in logits and in a Gaussian's parameters, against autograd."""
-    p, s = figures.toy_teachers(POINTS)["two modes"].expand(3, -1), settings()
-    for start, to_logits in ((torch.randn(3, 50).double(), lambda z: z), (torch.rand(3, 2).double(),
-                             lambda t: -((POINTS - t[:, :1]) ** 2) / t[:, 1:].exp())):
-        theta = start.clone().requires_grad_()
-        wanted = LITERAL[name](to_logits(theta).log_softmax(-1), p.log(), p.argmax(-1, True), s)
-        after = to_logits(start - torch.autograd.grad(wanted.sum(), theta)[0]).log_softmax(-1)
-        path, value = figures.fit_distribution(p, name, start, to_logits, 1, "sgd")
-        assert torch.allclose(path, torch.stack([to_logits(start).softmax(-1), after.exp()]))
-        assert torch.allclose(value[:, 0], LITERAL[name](after, p.log(), p.argmax(-1, True), s))
+    """A step of plain descent against autograd of the literal definition."""
+    p, start = figures.toy_teachers(POINTS)["two modes"].expand(3, -1), randn(3, 50)
+    targets = p.argmax(-1, True)
+    after = start - literal(name, start, p.log(), targets)[1]
+    path, value = figures.fit_distribution(p, name, start, lambda z: z, 1, "sgd")
+    assert alike(path, (start.softmax(-1), after.softmax(-1)), 1e-8)
+    assert alike([value], literal(name, after, p.log(), targets)[:1], 1e-8)
 
 def test_toy_shows_where_modes_are_sought(tmp_path):
     """Only by a student that is one Gaussian, and only where the modes are narrow."""
-    results = json.loads(draw("toy", "--json", "--svg", tmp_path / "toy.svg").stdout)
+    told = invoke(f"toy --json --svg {tmp_path}/toy.svg").stdout
     fits, x = {}, POINTS.numpy()                        # mean and width of each Gaussian student
-    for teacher, result in results.items():
+    for teacher, result in json.loads(told).items():
         for name, row in result["objectives"].items():
             gap, q = np.abs(np.subtract(row["q"], result["p"])).sum(), np.array(row["gaussian_q"])
-            assert row["head"][250] + row["tail"][-1] == pytest.approx(gap)
+            assert row["head"][250] + row["tail"][-1] == approx(gap)
             fits[teacher, name] = q @ x, (q @ x**2 - (q @ x)**2)**0.5
-    assert fits["two narrow modes", "fkl"] == pytest.approx((6, 2.4), abs=0.5)
-    assert fits["two narrow modes", "rkl"] == pytest.approx((7.5, 0.5), abs=0.01)
+    assert fits["two narrow modes", "fkl"] == approx((6, 2.4), abs=0.5)
+    assert fits["two narrow modes", "rkl"] == approx((7.5, 0.5), abs=0.01)
     assert min(fits["two modes", name][1] for name in ("fkl", "rkl", "akl")) > 2
     assert len(ElementTree.parse(tmp_path / "toy.svg").getroot()[1:]) == 4 * 3
-    lines = draw("toy", "--objective", "drkl", "--epochs", "6").stdout.splitlines()
-    assert len(lines) == 2 + 4 * 2 + 2 and {len(line.split()[-1]) for line in lines[2:-2]} == {25}
-    assert "'ce' is not one of" in draw("toy", "--objective", "ce", code=2).stderr
+    told = invoke("toy --objective drkl --epochs 6").stdout
+    assert re.fullmatch("(.*\n){2}((.* [▁-█]{25}\n){2}){4}\n.*\n", told)
+    assert "'ce' is not one of" in error("toy --objective ce", 2)
 
 # -----------------------------------------------------------------------------
 # The benchmark of the loss: python test_choobaca.py bench --help
 
-def peak():
-    """The most that this process has held, in bytes; None where the system does not say."""
+def peak(device, anew=False):
+    """The most bytes that this process has held, ever or since it was asked for `anew`, or 0."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        if anew:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
-    return 1024 * int(found[1]) if found else None
+    if anew and status.exists():
+        Path("/proc/self/clear_refs").write_text("5")
+    found = re.search(r"VmHWM:\s*(\d+)|$", status.read_text() if status.exists() else "")
+    return 1024 * int(found[1] or 0)
 
 def measure(step, leaves):
     """Seconds of a step, and the bytes that it holds at its peak beyond inputs and gradients."""
     for leaf in leaves:
         leaf.grad = None
-    gradients = sum(leaf.nbytes for leaf in leaves)
-    if leaves[0].is_cuda:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        begin.record(), step(), end.record(), torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3, torch.cuda.max_memory_allocated() - before - gradients
-    if peak():
-        Path("/proc/self/clear_refs").write_text("5")           # the peak is now what is held now
-    before, begin = peak(), time.perf_counter()
+    device = leaves[0].device
+    before, begin = peak(device, anew=True), time.perf_counter()
     step()
-    return time.perf_counter() - begin, max(0, peak() - before - gradients) if before else None
+    most = peak(device)                                         # a GPU has then finished
+    seconds = time.perf_counter() - begin
+    return seconds, max(0, most - before - sum(leaf.nbytes for leaf in leaves))
 
 def contestants(objectives, rows, width, teacher_width, vocab_size, chunk, dtype, device):
-    """What is compared, by name, forward and backward each. "products" is the four matmuls of a
-    loss in its chunks, and nothing else: no loss is faster. "plain" is plain_loss, by autograd."""
-    torch.manual_seed(0)
-    hidden, t_hidden, head, t_head = (                          # logits are N(0, 2^2)
-        (torch.randn(n, C, device=device) * (2 * C**-0.5) ** 0.5).to(getattr(torch, dtype))
-        for n in (rows, vocab_size) for C in (width, teacher_width))
-    targets = torch.randint(vocab_size, (rows,), device=device)
-    n = math.ceil(rows / math.ceil(rows / chunk))
+    """What is compared, and where its gradients go. "products" is a loss's four matmuls and nothing
+    else: no loss is faster. "plain" is plain_loss by autograd."""
+    inputs = loss_inputs(getattr(torch, dtype), rows, width, teacher_width, vocab_size)
+    hidden, head, targets, t_hidden, t_head = (x.detach().to(device) for x in inputs)
+    hidden *= 2 * width**-0.5                                   # logits are N(0, 2^2)
+    t_hidden *= 2 * teacher_width**-0.5
+    leaves = hidden.requires_grad_(), head.requires_grad_()
+    chunks = math.ceil(rows / chunk)
 
     @torch.no_grad()
     def products():
-        z, w = hidden.new_empty(2, n, vocab_size)
+        z, w = hidden.new_empty(2, math.ceil(rows / chunks), vocab_size)
         head.grad, hidden.grad = torch.zeros_like(head), torch.empty_like(hidden)
-        for h, t, d_h in zip(hidden.split(n), t_hidden.split(n), hidden.grad.split(n)):
+        for h, t, d_h in zip(*(x.chunk(chunks) for x in (hidden, t_hidden, hidden.grad))):
             d_z = torch.mm(h, head.T, out=z[:len(h)])
             torch.mm(t, t_head.T, out=w[:len(h)])
             torch.mm(d_z, head, out=d_h)
@@ -2272,10 +2106,14 @@ def contestants(objectives, rows, width, teacher_width, vocab_size, chunk, dtype
         loss, _ = c.FusedLoss.apply(hidden, head, targets, t_hidden, t_head, s, 1.0, chunk)
         (loss / rows).backward()
 
-    leaves = hidden.requires_grad_(), head.requires_grad_()
-    steps = {name: functools.partial(fused, name) for name in objectives}
-    steps = {"products": products, "plain": plain, **steps}
-    return {name: functools.partial(measure, step, leaves) for name, step in steps.items()}
+    steps = {("products", "rkl"): products, ("plain", "rkl"): plain}
+    return steps | {("fused", name): functools.partial(fused, name) for name in objectives}, leaves
+
+def weigh(name, sizes):
+    """The peak memory of one contestant, in a process of its own."""
+    steps, leaves = contestants(**sizes)
+    steps["products", "rkl"]()          # the library's own work space is taken, and stays
+    return measure(steps[name], leaves)[1]
 
 benchmark = click.Group(help="The benchmark of the loss. The tests are run by pytest.")
 
@@ -2289,45 +2127,37 @@ benchmark = click.Group(help="The benchmark of the loss. The tests are run by py
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("--plain/--no-plain", default=True, help="Also the loss with all logits at once.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list in place of the table.")
-@click.option("--weigh", hidden=True, help="Print the peak memory of this one alone, in bytes.")
-def bench_command(repeats, plain, as_json, weigh, **sizes):
+def bench_command(repeats, plain, as_json, **sizes):
     """Time and weigh the loss, forward and backward, against its bare matrix products."""
     sizes["device"] = c.choose_device(sizes["device"])
-    steps = contestants(**sizes)
-    if weigh:
-        steps["products"]()             # the library's own work space is taken, and stays
-        return print(json.dumps(steps[weigh]()[1]))
-    own = sizes.pop("objectives")
-    flags = [f"--{key.replace('_', '-')}={value}" for key, value in sizes.items()]
-    flags += [f"--objective={name}" for name in own]
-    seconds, rows = {name: [] for name in steps if name != "plain" or plain}, []
-    for name in [*seconds] * (repeats + 1):     # all run once in a round; the first does not count
-        seconds[name].append(steps[name]()[0])
-    for name, (_, *times) in seconds.items():
-        alone = [sys.executable, __file__, "bench", *flags, f"--weigh={name}"]      # its peak
-        found = subprocess.run(alone, stdout=subprocess.PIPE, check=True).stdout
-        kind = ("fused", name) if name in own else (name, "rkl")
-        rows.append({"name": kind[0], "objective": kind[1], "seconds": float(np.median(times)),
-                     "seconds_all": times, "peak_bytes": json.loads(found),
-                     "ratio": float(np.median(np.divide(times, seconds["products"][1:])))})
-    lines = [f"{'':<9} {'objective':<9} seconds, median (range)  x products  peak, MB"] + [
-        f"{row['name']:<9} {row['objective']:<9} {row['seconds']:7.3f} "
-        f"({min(row['seconds_all']):.3f} to {max(row['seconds_all']):.3f}) {row['ratio']:11.2f} "
-        f"{(row['peak_bytes'] or 0) / 1e6:9,.0f}" for row in rows]
+    steps, leaves = contestants(**sizes)
+    if not plain:
+        del steps["plain", "rkl"]
+    rounds = [[measure(step, leaves)[0] for step in steps.values()] for _ in range(repeats + 1)]
+    seconds = np.array(rounds[1:])                              # the first one does not count
+    ratios = seconds / seconds[:, :1]
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        peaks = pool.starmap(weigh, [(name, sizes) for name in steps], chunksize=1)
+    rows, lines = [], [f"{'':<9} {'objective':<9} seconds, median (range)  x products  peak, MB"]
+    for (name, objective), times, ratio, most in zip(steps, seconds.T, ratios.T, peaks):
+        median, ratio = float(np.median(times)), float(np.median(ratio))
+        rows.append({"name": name, "objective": objective, "seconds": median,
+                     "seconds_all": times.tolist(), "peak_bytes": most, "ratio": ratio})
+        lines.append(f"{name:<9} {objective:<9} {median:7.3f} ({min(times):.3f} to "
+                     f"{max(times):.3f}) {ratio:11.2f} {most / 1e6:9,.0f}")
     print(json.dumps(rows, indent=2) if as_json else "\n".join(lines))
 
 def test_bench_compares_and_weighs():
-    args = "bench --rows 2000 --vocab-size 4000 --width 16 --teacher-width 16 --chunk 100"
-    found = CliRunner().invoke(benchmark, f"{args} --objective rkl --objective ce --json")
-    rows = json.loads(found.stdout)
-    assert [row["name"] for row in rows] == ["products", "plain", "fused", "fused"]
-    assert [row["objective"] for row in rows] == ["rkl", "rkl", "rkl", "ce"]
+    command = "bench --rows 2000 --vocab-size 4000 --width 16 --teacher-width 16 --chunk 100 "
+    rows = json.loads(invoke(command + "--objective rkl --objective ce --json").stdout)
+    names = [f"{row['name']} {row['objective']}" for row in rows]
+    assert names == ["products rkl", "plain rkl", "fused rkl", "fused ce"]
     for row in rows:
-        assert len(row["seconds_all"]) == 5 and row["ratio"] > 0
-        assert 0 < min(row["seconds_all"]) <= row["seconds"] <= max(row["seconds_all"])
+        fastest, *times, slowest = sorted(row["seconds_all"])
+        assert 0 < fastest <= row["seconds"] <= slowest and len(times) == 3 and row["ratio"] > 0
     plain, fused = (row["peak_bytes"] for row in rows[1:3])
-    assert plain is None or plain > 3 * max(4 * 2000 * 4000, fused)
-    table = CliRunner().invoke(benchmark, f"{args} --repeats 1 --no-plain").stdout
+    assert not plain or plain > 3 * max(4 * 2000 * 4000, fused)
+    table = invoke(command + "--repeats 1 --no-plain").stdout
     assert re.fullmatch(r".*\nproducts +rkl .*\nfused +rkl .*\n", table)
 
 if __name__ == "__main__":
