@@ -1402,14 +1402,14 @@ def test_no_mutated_file_gets_through_or_brings_it_down(here, saved, vocabulary)
         path, = here.glob(name)
         whole, refused = path.read_bytes(), 0
         for _ in range(count):
-            content, begin = mutated(whole, draw), time.perf_counter()
+            content, begin = mutated(whole, draw), time.process_time()
             path.write_bytes(content)
             try:
                 read(path)
             except (click.ClickException, OSError) as error:
                 refused += 1
                 assert "\n" not in getattr(error, "message", ""), content[:999]
-            assert time.perf_counter() - begin < 1, content[:999]
+            assert time.process_time() - begin < 1, content[:999]
         path.write_bytes(whole)
         read(path)
         assert (name != "x.ids") <= refused < count
