@@ -1080,6 +1080,21 @@ def test_a_signal_ends_a_run_after_the_step_and_resume_goes_on(here, monkeypatch
     same_runs("whole/x", "part/x")
     assert {*os.listdir("whole/x")} == {*os.listdir("part/x")}
 
+def test_a_signal_while_the_model_is_written(here, monkeypatch):
+    """The model is whole, and the command goes no further; --resume does."""
+    def save_and_stop(*args, save=c.save_model):
+        os.kill(os.getpid(), signal.SIGINT)
+        save(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(c, "save_model", save_and_stop)
+        assert train("x/run", "--objective rkl --teachers 1", 130).stdout == ""
+    (teacher,), run = here.glob("x/teacher-*"), here / "x/run"
+    assert (teacher / "model.safetensors").exists() and not run.exists()
+    train("x/run", "--objective rkl --teachers 1 --resume")
+    train("y/run", "--objective rkl --teachers 1")
+    same_runs("x/run", "y/run")
+
 class Mischief:
     """What makes a folder when it is unpickled, if anything is."""
 
