@@ -58,8 +58,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-# torch's threads spin while they wait. Spinning less makes a busy machine 100 times faster, and an
-# idle one no slower. It is read when torch is imported.
+# torch's threads spin while they wait: spinning less makes a busy machine 100 times faster.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import click
@@ -224,8 +223,7 @@ def windows(ids, starts, T):
     return rows[:, :-1], rows[:, 1:]
 
 def batch_at(step, ids, settings):
-    """Return inputs and targets of a step, (B, T) each: a pure function of seed and step.
-    No loader has a state, so nothing that happens between two steps can change them."""
+    """Return inputs and targets of a step, (B, T) each: a pure function of seed and step."""
     B = settings.batch_size
     rows = count_rows(len(ids), settings)               # an epoch is a permutation of the rows
     epoch, i = divmod(step, rows // B)                  # what does not fill a batch is left out
@@ -445,8 +443,7 @@ def jensen_shannon(log_q, log_p, _, share):
 
 def target_apart(log_q, log_p, targets, gamma):
     """KL of the target against the rest, plus gamma times KL within the rest (arXiv 2604.00223).
-    Reverse KL has 1 - q_target in the place of gamma: a sure student no longer hears of the rest.
-    Taken from a third-party implementation; we could not get the paper."""
+    Reverse KL has 1 - q_target for gamma, so that a sure student no longer hears of the rest."""
     def split(log_x):
         rest = log_x.scatter(1, targets, -1e9)                          # the target has no part
         level = rest.logsumexp(-1, True)
@@ -909,8 +906,7 @@ def build_tries(lines):
 @torch.no_grad()
 def token_log_probabilities(hidden, head, rows, targets, chunk):
     """Return log softmax(hidden[row] @ head.T)[target] for each of E rows and targets: (E,).
-    hidden (N, C), head (V, C), rows (E,) rising, targets (E,). A row may be asked for several
-    targets, or for none. No array holds the logits of more than `chunk` rows."""
+    hidden (N, C), head (V, C), rows (E,) rising, targets (E,), `chunk` rows of logits at a time."""
     N = len(hidden)
     scores = torch.empty_like(targets, dtype=hidden.dtype)
     starts = torch.arange(0, N + chunk, chunk, device=rows.device)
@@ -1085,7 +1081,7 @@ class Settings:
     device: str = setting("auto", "Where to compute.", ("auto", "cpu", "cuda"))
     precision: str = setting("auto", "Of a step's matmuls; auto: fp32, and on a GPU bf16 or fp16.",
                              ("auto", *PRECISIONS))
-    teacher_precision: str = setting("auto", "The teachers'; auto: so.", ("auto", *PRECISIONS))
+    teacher_precision: str = setting("auto", "As --precision, for teachers.", ("auto", *PRECISIONS))
     compile: bool = setting(True, "Compile the models on a GPU.")
     micro_batch: int = setting(0, "Rows in memory at once, a divisor of the batch; 0: all.")
     chunk: int = setting(304, "Rows of logits that the loss holds at once.", low=1)
@@ -1167,8 +1163,7 @@ def save_tokenizer(folder, tokenizer):
 
 def load_vocabulary(path):
     """Load the vocabulary of a tokenizer.json, or of a folder that has one."""
-    if path.is_dir():
-        path = path / "tokenizer.json"
+    path = path / "tokenizer.json" if path.is_dir() else path
     files = {"tokenizer.json": path.read_bytes()}
     with reading(path):
         tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
@@ -1187,16 +1182,17 @@ def load_vocabulary(path):
                    "another way than this file says, which is the way here.", err=True)
     config = path.with_name("config.json")
     facts = read_json(config) if config.exists() else {}
-    with reading(config):
-        limit = float(facts.get("vocab_size", "inf"))
     special = [i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]
     named = [tokenizer.id_to_token(i) for key in ("bos_token_id", "eos_token_id")
              for i in special if i == facts.get(key)]
-    for token in (roles.get("bos_token"), roles.get("eos_token"), *named, "<|endoftext|>", "<s>"):
-        token = token.get("content") if isinstance(token, dict) else token
-        prefix_id = tokenizer.token_to_id(token) if isinstance(token, str) else None
-        if prefix_id is not None and prefix_id < limit:
-            return Vocabulary(tokenizer, prefix_id, files)
+    tokens = (roles.get("bos_token"), roles.get("eos_token"), *named, "<|endoftext|>", "<s>")
+    with reading(path):
+        limit = float(facts.get("vocab_size", "inf"))
+        for token in tokens:
+            token = token.get("content") if isinstance(token, dict) else token
+            prefix_id = tokenizer.token_to_id(token) if isinstance(token, str) else None
+            if prefix_id is not None and prefix_id < limit:
+                return Vocabulary(tokenizer, prefix_id, files)
     raise click.ClickException(f"{path}: no token begins a text: expected a bos_token or eos_token "
                                "in the tokenizer_config.json beside it.")
 
@@ -1385,7 +1381,7 @@ def from_hf_config(path):
     with reading(path):
         for key in ("rope_parameters", "rope_scaling"):
             rope |= raw.get(key) or {}
-    need({rope.get("rope_type", "default"), rope.get("type", "default")} == {"default"},
+    need(all(rope.get(key, "default") == "default" for key in ("rope_type", "type")),
          f"{path}: rotary positions are scaled, by {rope}: expected plain ones.")
     raw = {key: value for key, value in (raw | rope).items() if value is not None}
     for key, value in HF_FIXED[kind].items():
@@ -1474,7 +1470,6 @@ def load_model(folder, device):
         for name, tensor in read_safetensors(folder / shard).items():
             found[name.removeprefix(model.prefix)] = tensor.float()
     head = found.pop("lm_head.weight", None) if config.tied else None   # some hold it twice
-    # put them in place of the empty ones, which compares names and shapes
     try:
         model.load_state_dict(found, assign=True)
     except RuntimeError as error:
@@ -1680,7 +1675,7 @@ def fit(run, corpus, device, log, resume=False):
         need(0 < first < steps, f"{state} is damaged: it is of step {first} of {steps}.")
     if rank == 0:
         log.truncate(min(logged, log.tell()))
-        for path in run.out.glob(".choobaca-*"):    # of a process that was killed
+        for path in run.out.glob(".choobaca-[0-9]*-*"):     # of a killed process
             path.unlink()
     if rank == 0 and not first:
         state.unlink(missing_ok=True)
@@ -1841,7 +1836,7 @@ def summarise(pairs, scores):
         right, n = points(own), len(members)
         paradigms[uid] = {"phenomenon": pairs[members[0]].phenomenon,
                           "accuracy": right.mean(), "n": n,
-                          "stderr": right.std() / math.sqrt(max(1, n - 1)),
+                          "stderr": right.std() / math.sqrt(n - 1) if n > 1 else 0.5,
                           "ties": int(np.sum(own[:, 0] == own[:, 1]))}
     terms = sorted(group_by(paradigms.values(), lambda row: row["phenomenon"]).items())
     return {**mean_row(list(paradigms.values())), "paradigms": paradigms,
@@ -1972,7 +1967,7 @@ def settings_flags(command):
             flag += f"/--no-{flag[2:]}"
         if field.metadata["choices"]:
             kind = click.Choice(field.metadata["choices"])
-        default = str(field.default).removeprefix(f"{HOME}/") or "none"
+        default = str(field.default).removeprefix(f"{HOME}/") or "empty"
         text = f"{field.metadata['help']}  [default: {default}]"
         command = click.option(flag, field.name, default=None, type=kind, help=text)(command)
     return command
@@ -1981,19 +1976,19 @@ def check_keys(table, allowed, source, folder):
     """Return the settings in a table, checked; paths are taken from the file's folder."""
     values = {}
     for key, value in table.items():
-        near = difflib.get_close_matches(key, allowed, 1)
+        near = difflib.get_close_matches(key, allowed, 1, 0.7)
         hint = f"did you mean {near[0]!r}?" if near else "train --help lists them."
         need(key in allowed, f"{source}unknown key {key!r}; {hint}")
         shown = key.replace("_", "-") if source == "--" else key
         values[key] = checked(KNOWN[key], value, source + shown)
         if key in PATHS and value not in ("", "none"):
-            values[key] = os.path.normpath(folder / Path(value).expanduser())
+            values[key] = os.path.normpath(folder / os.path.expanduser(value))
     return values
 
 def read_config(path, above=()):
     """Return the student's settings and each teacher's, from a TOML file."""
-    need(path.resolve() not in above, f"{path} is its own base: expected another file.")
     with reading(path):
+        need(path.resolve() not in above, f"{path} is its own base: expected another file.")
         raw = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
         need(isinstance(raw.get("teacher", []), list), f"{path}: expected [[teacher]].")
         tables = [dict(table) for table in raw.pop("teacher", [])]
@@ -2060,7 +2055,6 @@ def plan_runs(out, folders, settings, described, corpus, device):
     runs.append(Run("student" if runs else "model", out, settings, tuple(runs)))
     need(len({run.out.resolve() for run in runs}) == len(runs), "two models would be in one "
          "folder: expected teachers of different settings, and --out to be neither.")
-    # Does each take the student's rows, and do the processes share them evenly?
     size = rank_and_size()[1]
     for run in runs:
         need(settings.context <= run.settings.positions, f"{run.name}: --context "
@@ -2136,6 +2130,9 @@ class Cli(click.Group):
             return super().invoke(ctx)
         except BrokenPipeError:
             raise
+        except KeyboardInterrupt:
+            click.echo("Stopped: what was finished is kept.", err=True)
+            sys.exit(130)
         except OSError as error:
             wrong = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
             hint = "" if isinstance(error, wrong) else " Check permissions and room on the disk."
@@ -2149,7 +2146,10 @@ class Cli(click.Group):
                  f"does not answer ({text.splitlines()[0]}): start them all again.")
             raise
 
-FOLDER = click.Path(path_type=Path)
+def location(text):
+    """Read a path; a shell does not expand the ~ of --out=~/run."""
+    return Path(os.path.expanduser(text))
+
 device_option = click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto",
                              help="Where to compute.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, not tables.")
@@ -2173,12 +2173,12 @@ def join_processes(device):
                             timeout=datetime.timedelta(hours=1))
     click.get_current_context().call_on_close(dist.destroy_process_group)
 
-@cli.command("train")
-@click.option("-c", "--config", type=FOLDER, default=HOME / "configs/tiny.toml",
-              help="TOML file of settings.  [default: configs/tiny.toml]")
-@click.option("-o", "--out", type=FOLDER, help="The run's folder; its teachers are beside it.  "
+@cli.command("train", short_help="Train a model, alone or from teachers.")
+@click.option("-c", "--config", type=location, default=HOME / "configs/tiny.toml",
+              show_default="configs/tiny.toml", help="TOML file of settings.")
+@click.option("-o", "--out", type=location, help="The run's folder; its teachers are beside it.  "
               "[default: in runs/, named by config, objective, teachers and seed]")
-@click.option("--teacher", "folders", type=FOLDER, multiple=True, help="A trained teacher, any "
+@click.option("--teacher", "folders", type=location, multiple=True, help="A trained teacher, any "
               "Hugging Face LLaMA or GPT-2, in place of the config's; twice for two.")
 @click.option("--resume", is_flag=True, help="Go on with interrupted runs from their checkpoints.")
 @click.option("--overwrite", is_flag=True, help="Replace a run; the old one is gone at once.")
@@ -2187,13 +2187,14 @@ def join_processes(device):
 def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
     """Train a model, alone or from teachers, which are trained first if they are not there yet.
 
+    A flag counts, else the config's key, else the default shown here.
     Example: python choobaca.py train --objective rkl --teachers 1"""
     settings, described = read_settings(config, flags, folders)
     device = choose_device(settings.device)
     for flag in idle_flags(settings, flags):
         click.echo(f"{flag} has no effect here.", err=True)
     name = f"{config.stem}-{settings.objective}-{settings.teachers}-seed{settings.seed}"
-    out = (out or Path("runs", name)).expanduser()
+    out = out or Path("runs", name)
     names = {path.name for path in out.glob("*")}
     filled = [path for path in out.glob("[!.]*") if path.is_dir() or path.stat().st_size]
     need({"run.json", "log.jsonl"} <= names or not filled,
@@ -2230,9 +2231,9 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
         print_results(runs, corpus, pairs, device)
 
 @cli.command("eval-blimp")
-@click.option("-m", "--model", "folder", type=FOLDER, help="A run, or any Hugging Face folder of a "
-              "LLaMA or GPT-2.  [default: the newest finished run in runs/]")
-@click.option("-d", "--data", type=FOLDER, help="Folder of minimal pairs, *.jsonl as BLiMP's or "
+@click.option("-m", "--model", "folder", type=location, help="A run, or any Hugging Face folder of "
+              "a LLaMA or GPT-2.  [default: the newest finished run in runs/]")
+@click.option("-d", "--data", type=location, help="Folder of minimal pairs, *.jsonl as BLiMP's or "
               "EWoK's; for all suites, the folder that has one for each.  [default: in data/]")
 @click.option("--suite", type=click.Choice((*SUITES, "all")), default="blimp", help="Which pairs.")
 @click.option("--sample", type=click.IntRange(0), default=0,
@@ -2265,12 +2266,11 @@ def eval_blimp_command(folder, data, suite, sample, device, as_json):
         table = pairs_table({"accuracy": result}, paradigms=suite != "all")
         tables.append(f"{folder} on {shown}\n\n{table}")
     results["all"] = {"model": str(folder), "suites": dict(results)}
-    text = json.dumps(results[suite], indent=2) if as_json else "\n\n".join(tables)
-    click.echo(text)
+    click.echo(json.dumps(results[suite], indent=2) if as_json else "\n\n".join(tables))
 
 @cli.command("compare", short_help="Say whether a model is better than another, or lucky.")
-@click.argument("first", type=FOLDER)
-@click.argument("others", type=FOLDER, nargs=-1, required=True)
+@click.argument("first", type=location)
+@click.argument("others", type=location, nargs=-1, required=True)
 @click.option("--suite", type=click.Choice(SUITES), default="blimp", help="By which scores.")
 @json_option
 def compare_command(first, others, suite, as_json):
@@ -2295,15 +2295,15 @@ def compare_command(first, others, suite, as_json):
     click.echo(json.dumps(found, indent=2) if as_json else "\n\n".join(tables))
 
 @cli.command("sample")
-@click.argument("run", type=FOLDER)
-@click.option("--prompt", default="", help="How each text begins.  [default: with nothing]")
+@click.argument("run", type=location)
+@click.option("--prompt", default="", show_default="nothing", help="How each text begins.")
 @click.option("--tokens", default=100, type=click.IntRange(1),
               help="How many to add to a sample at most; with --out, in all or a batch more.")
 @click.option("--temperature", default=1.0, type=click.FloatRange(0, 100),
               help="By which logits are divided; 0: always the most likely token.")
 @click.option("--count", default=1, type=click.IntRange(1, 10_000), help="Samples.")
 @click.option("--seed", default=0, type=click.IntRange(0), help="Seed of the draws.")
-@click.option("-o", "--out", type=FOLDER, help="Write --tokens tokens into a new folder of text.")
+@click.option("-o", "--out", type=location, help="Write --tokens tokens into a new folder of text.")
 @device_option
 def sample_command(run, prompt, tokens, temperature, count, seed, out, device):
     """Let a model write, a line a sample.

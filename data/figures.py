@@ -252,7 +252,8 @@ def accuracies(paths: list[Path]) -> dict[str, list[tuple[float, float]]]:
 
     def mean_and_error(right: np.ndarray, groups: list[list[int]]) -> tuple[float, float]:
         means = [right[group].mean() for group in groups]
-        errors = [right[group].std() / math.sqrt(max(1, len(group) - 1)) for group in groups]
+        errors = [right[group].std() / math.sqrt(len(group) - 1) if len(group) > 1 else 0.5
+                  for group in groups]
         return 100 * float(np.mean(means)), 100 * math.hypot(*errors) / len(groups)
 
     # a paradigm is a group of pairs, a phenomenon a group of paradigms
