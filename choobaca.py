@@ -1976,7 +1976,7 @@ def check_keys(table, allowed, source, folder):
     """Return the settings in a table, checked; paths are taken from the file's folder."""
     values = {}
     for key, value in table.items():
-        near = difflib.get_close_matches(key, allowed, 1, 0.7)
+        near = difflib.get_close_matches(key, allowed, 1)
         hint = f"did you mean {near[0]!r}?" if near else "train --help lists them."
         need(key in allowed, f"{source}unknown key {key!r}; {hint}")
         shown = key.replace("_", "-") if source == "--" else key
