@@ -1,7 +1,7 @@
 """ChooBaCa: distil a small language model from a bigger one, in one file.
 
-A teacher is trained on ten million words. A student learns from the same text and, at every token,
-from the teacher's whole distribution over the next token, under reverse KL or another divergence.
+A teacher is trained on text. A student learns from the same text and, at every token, from the
+teacher's whole distribution over the next token, under reverse KL or another divergence.
 Both are scored on minimal pairs: is "The dogs run." likelier than "The dogs runs."? It follows "the
 paper": Shi, Matusevych and Nissim 2024, "Choosy Babies Need One Coach". The "AKL paper" is Wu et
 al. 2024, "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for LLMs".
@@ -11,15 +11,14 @@ al. 2024, "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for 
     python choobaca.py compare RUN RUN                        is the second one better, or lucky?
     python choobaca.py sample RUN --prompt "the dog"          let a run write
 
-Part one is the lesson: the plain version of each idea, then the fast one, equal to it by test.
+Part one is the lesson, from plain versions to fast ones, which tests hold equal up to rounding.
 
     1 the idea   2 text to batches   3 LLaMA   4 divergences   5 the fused loss
     6 schedules and one step   7 minimal pairs
 
 Read this first: 1, 4, 5, `train_step` in 6, and the trie in 7. Part two makes a tool of it, and
 needs no reading: 8 files and settings, 9 the corpus, 10 GPT-2, 11 run folders, 12 training,
-13 sampling, 14 tables, 15 the command line. A function's docstring gives the shapes of its tensors,
-in the same letters everywhere:
+13 sampling, 14 tables, 15 the command line. Docstrings give tensors' shapes, in these letters:
 
     B batch   T time   N = B * T tokens   C width (C' teacher)   H heads   D = C / H   V vocabulary
     n rows of a chunk: the part of the N tokens that is worked on together
@@ -65,7 +64,7 @@ import click
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn         # later, its default arguments would keep a process group alive
+import torch.distributed.nn         # imported later, it would keep a process group alive
 import torch.nn.functional as F
 from tokenizers import (Tokenizer, decoders, models, normalizers, pre_tokenizers, processors,
                         trainers)
@@ -153,7 +152,7 @@ class Vocabulary(NamedTuple):
 
     @property
     def size(self):
-        """V, one more than the last id that a text can have: a special token is no text."""
+        """V: one more than the last id that a text can have. Other special tokens are no text."""
         ids = [*self.tokenizer.get_vocab(with_added_tokens=False).values(), self.prefix_id]
         added = self.tokenizer.get_added_tokens_decoder()
         return max(ids + [i for i, token in added.items() if not token.special]) + 1
@@ -165,14 +164,14 @@ def train_tokenizer(lines, vocab_size):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, min_frequency=2,                 # a pair that occurs once stays two
+        vocab_size=vocab_size, min_frequency=2,                 # a pair seen once is not merged
         special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))           # <- differs (2)
-    # a word of a million letters would take for ever: its first thousand will do
+    # a word of a million letters takes too long: its first thousand are enough
     lines = tqdm(lines, "vocabulary", leave=False, unit=" lines")
     short = (re.sub(r"(\S{1000})\S+", r"\1", line) for line in lines)
     tokenizer.train_from_iterator(short, trainer)
-    # for other tools: where they ask for special tokens, they get <s> in front
+    # other tools that ask for special tokens get <s> in front of a text
     prefix = [("<s>", tokenizer.token_to_id("<s>"))]
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", prefix)
     return tokenizer
@@ -211,7 +210,7 @@ def count_rows(tokens, settings):
 @functools.lru_cache
 def row_starts(rows, settings, epoch):
     """Return where the rows of an epoch start in the text, in the order of training: (rows,)."""
-    draw = np.random.default_rng([settings.seed, epoch])                # no state is kept
+    draw = np.random.default_rng([settings.seed, epoch])                # no generator is kept
     starts = draw.permutation(rows) * settings.context
     return starts + draw.integers(0, settings.context, rows) * settings.random_offset
 
@@ -302,7 +301,7 @@ class LlamaAttention(nn.Module):
         return self.o_proj(y.transpose(1, 2).flatten(2))                            # (B, T, C)
 
 class LlamaMLP(nn.Module):
-    """SwiGLU at each position: one half of the inner values opens or shuts the other. (B, T, C)"""
+    """SwiGLU at each position: a gate scales the inner values one by one. (B, T, C)"""
 
     def __init__(self, config):
         super().__init__()
@@ -375,8 +374,8 @@ class Llama(nn.Module):
 #
 #     df/du_j = sum_i k_i dq_i/du_j = sum_i k_i q_i ([i = j] - q_j) = q_j (k_j - sum_i q_i k_i)
 #
-# In words: a token's k against the mean k, times how likely the student finds the token. Adding a
-# constant to k changes nothing. [i = j] is 1 where i is j, else 0.
+# In words: a token's k minus the q-weighted mean of k, times its q, how likely the student finds
+# it. So a constant added to k changes nothing. [i = j] is 1 where i is j, else 0.
 #
 #     reverse KL   f = sum q (log q - log p)   k = r + 1    gradient q (r - KL)
 #     forward KL   f = sum p (log p - log q)   k = -p / q   gradient q - p, since sum q k = -1
@@ -421,7 +420,7 @@ def likely_share(q, p, mu):
 
     gap = (p - q).abs()
     total = gap.sum(-1, True)
-    likely = gap.mul_(p >= least).sum(-1, True)
+    likely = gap.mul_(torch.ge(p, least, out=rising)).sum(-1, True)     # a float mask is faster
     return torch.where(total > 0, likely / total, 0.5)                  # equal models: one half
 
 def both_ways(log_q, log_p, _, weight):
@@ -432,18 +431,18 @@ def adaptive(log_q, log_p, _, mu, swapped=False):
     """Weigh forward KL by likely_share, held constant (AKL paper, Eq. 15; swapped, Eq. 16)."""
     q = log_q.detach().exp()
     p = log_p.detach().exp()
-    share = likely_share(q, p, mu)[:, 0]        # forward KL where they differ on likely tokens
+    share = likely_share(q, p, mu)[:, 0]        # large where they differ on likely tokens
     return both_ways(log_q, log_p, _, 1 - share if swapped else share)
 
 def jensen_shannon(log_q, log_p, _, share):
     """share KL(p || m) + (1 - share) KL(q || m), m = share p + (1 - share) q (GKD, Agarwal et al.
-    2024). It goes to 0 as the share goes to 0 or 1, where others switch to a plain KL."""
+    2024). It goes to 0 as the share goes to 0 or 1; other programs use a plain KL there."""
     m = mixture(log_p, log_q, share)
     return share * kl(log_p, m) + (1 - share) * kl(log_q, m)
 
 def target_apart(log_q, log_p, targets, gamma):
-    """KL of the target against the rest, plus gamma times KL within the rest (arXiv 2604.00223).
-    Reverse KL has 1 - q_target for gamma, so that a sure student no longer hears of the rest."""
+    """Reverse KL of target against rest, plus gamma times that within the rest (arXiv 2604.00223).
+    In plain reverse KL gamma is 1 - q_target: a sure student learns nothing about the rest."""
     def split(log_x):
         rest = log_x.scatter(1, targets, -1e9)                          # the target has no part
         level = rest.logsumexp(-1, True)
@@ -489,7 +488,7 @@ def to_probabilities(u, v, q, r):
     """Fill q and r, and overwrite v with p: all (n, V). Return q, p, r. u's rows have 0 as maximum.
     u - v is cut at 87, as exp(-87) is near fp32's least normal number: a token that the teacher
     rules out costs reverse KL much, not infinitely much."""
-    p = v.sub_(v.amax(-1, True))                # r is now a difference of small numbers
+    p = v.sub_(v.amax(-1, True))                # both now have 0 as maximum
     limit = -math.log(torch.finfo(r.dtype).tiny)
     torch.sub(u, p, out=r).clamp_(max=limit)
     # log q - log p = u - v + log(sum exp v / sum exp u)
@@ -505,7 +504,7 @@ def softmax_backward_(q, k):
     mean = gradient.sum(-1, True)
     gradient.addcmul_(q, mean, value=-1)                # q k - q mean
     # Exactly, it sums to 0. Where the student is nearly sure it is so small that rounding
-    # dominates: subtracting the sum repairs that.
+    # dominates: subtracting q times the sum repairs that.
     return mean, gradient.addcmul_(q, gradient.sum(-1, True), value=-1)
 
 # A closed form may overwrite q, p and r. In fp32 the rows of q and p do not sum to 1 exactly, and a
@@ -537,7 +536,7 @@ def forward_and_reverse_kl(q, p, r, weight):
     return value, gradient.lerp_(error, weight)         # (1 - weight) gradient + weight error
 
 def adaptive_kl(q, p, r, mu):
-    """likely_share FKL + (1 - likely_share) RKL, token by token (AKL paper, Eq. 15)."""
+    """likely_share FKL + (1 - likely_share) RKL, row by row (AKL paper, Eq. 15)."""
     return forward_and_reverse_kl(q, p, r, likely_share(q, p, mu))
 
 CLOSED_FORMS = {"fkl": forward_kl, "rkl": reverse_kl, "fkl+rkl": forward_and_reverse_kl,
@@ -549,19 +548,19 @@ CLOSED_FORMS = {"fkl": forward_kl, "rkl": reverse_kl, "fkl+rkl": forward_and_rev
 # student hidden (N, C), head (V, C), teacher hidden (N, C'), head (V, C'), targets (N,)
 #   ->  loss, cross-entropy and tau^2 divergence, summed over the N tokens
 #
-# We know the gradient of the loss with respect to the logits. So each chunk of rows is finished in
-# one go: its logits are made, turned into their own gradient, multiplied back, and forgotten.
+# Each chunk of rows is finished in one go, in the forward pass: its logits and the teacher's are
+# made, turned into the gradient, multiplied back, and forgotten. backward only scales the results.
 #
 #   hidden (N, C)         head (V, C)       N = 4,096, V = 16,000: N x V is 262 MB, 6 to 9 of them
-#      | n rows              |              n = 293: n x V is 19 MB, 2 to 4 of them
+#      | n rows              |              14 chunks, n = 293: n x V is 19 MB, 2 to 4 of them
 #      v                     v
-#   h (n, C) --- @ head.T ---> u (n, V) --- softmax, minus target, q (r - KL) ---> d_z, same memory
+#   h (n, C) --- @ head.T ---> u (n, V) --- with the teacher's v, and targets ---> d_z, same memory
 #                                                                                   |           |
 #          d_hidden's n rows (n, C) <--- @ head ------------------------------------+           |
 #          d_head (V, C) += .T @ h <------------------------------------------------------------+
 #
-# A row's softmax needs no other row, and the gradient of a sum is the sum of the gradients: so the
-# chunk cannot be seen in the result. The paper's "step-wise loss" is this loss with a chunk of 5.
+# A row's softmax needs no other row, and the gradient of a sum is the sum of the gradients: so
+# chunks change only the rounding. The paper's "step-wise loss" is this loss with a chunk of 5.
 
 def loss_weights(settings):
     """Return the weights of cross-entropy and of tau^2 times divergence (Eq. 9)."""
@@ -641,7 +640,7 @@ def logits_into(memory, hidden, head, tau):
     return torch.addmm(logits, hidden, head.T, beta=0, alpha=1 / tau, out=logits)
 
 class FusedLoss(torch.autograd.Function):
-    """Cross-entropy and divergence of N tokens, with their gradients, a chunk of rows at a time.
+    """Cross-entropy and divergence of N tokens; forward makes the gradients too, by chunks of rows.
 
     With z the student's logits and w the teacher's (the paper's Eqs. 1, 2 and 6 to 9),
 
@@ -654,7 +653,7 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, settings, beta, chunk):
         """Return sums over the N tokens: the loss, and (2,) cross-entropy and tau^2 divergence.
-        The teacher's may be None where there is no divergence. A target below 0 is ignored. Matmuls
+        The teacher may be None where there is no divergence. A target below 0 is ignored. Matmuls
         are in hidden's dtype, or autocast's; all else is in fp32 or better."""
         N, V, kind = len(hidden), len(head), hidden.device.type
         exact = torch.promote_types(hidden.dtype, torch.float32)
@@ -725,7 +724,7 @@ class Coach:
         with torch.no_grad():       # the first V rows: some vocabularies are padded behind them
             heads = torch.cat([teacher.head[:V] for teacher in teachers], dim=1)        # (V, C')
             self.head = heads / len(teachers)
-        self.teachers = [teacher.to(dtype) for teacher in teachers]     # they are only read
+        self.teachers = [teacher.to(dtype) for teacher in teachers]     # not trained
 
     @torch.no_grad()
     def hidden(self, ids):
@@ -739,7 +738,7 @@ class Coach:
 
 def lr_at(step, steps, settings):
     """Return the learning rate of a step, of `steps` in all. <- differs (5): the paper's cosine has
-    T_max = 500; by steps it would swing between the peak and 0, with a period of 1,000."""
+    T_max = 500; in steps, that means up and down again every 1,000 steps."""
     # 1) warmup: a line from 0 that would reach the peak at step `warmup`
     if step < settings.warmup:
         return settings.lr * (step + 1) / (settings.warmup + 1)
@@ -765,7 +764,7 @@ def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype=t
                scaler=None):
     """Take one optimizer step on inputs and targets (B, T), or on this process's share of the rows.
     Returns (4,): loss, cross-entropy, tau^2 divergence, norm of the gradient. Each micro-batch is
-    divided by the tokens of the whole step, so neither accumulating nor sharing changes the result.
+    divided by the tokens of the whole step, so accumulating and sharing change only the rounding.
     In fp16 the scaler keeps gradients in range, and leaves out a step where that failed."""
     device = inputs.device.type
     rows = settings.micro_batch or len(inputs)
@@ -808,7 +807,7 @@ def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype=t
 # sentence has a leading space. A tie counts for the good sentence. A pair, by the tiny run:
 #
 #     The donkey with the pigs jumps.   -22.99 nats      right, by 3.28 nats,
-#     The donkey with the pigs jump.    -26.27 nats      though "pigs jump" stands side by side
+#     The donkey with the pigs jump.    -26.27 nats      though "pigs" is next to the verb
 
 class Pair(NamedTuple):
     """One line of a file of minimal pairs."""
@@ -894,7 +893,7 @@ class Trie:
 NODES = 128         # in a row: longer ones share more, but their attention costs more (measured)
 
 def build_tries(lines):
-    """Pack the texts of encode_pairs into tries of NODES nodes, or more where one text has more."""
+    """Pack the texts of encode_pairs into tries of up to NODES nodes, or of one longer text."""
     tries = [Trie()]
     for text, (ids, known) in sorted(lines.items(), key=lambda line: line[1]):
         new = len(ids) - 1 - tries[-1].common_prefix(ids)
@@ -930,7 +929,7 @@ def score_tries(model, tries):
     node = torch.arange(T)
     row = node[:, None]
     below = (node <= row) & (row < end[:, None])                                        # (B, T, T)
-    sees = below | torch.eye(T, dtype=torch.bool)       # padding sees itself, for softmax's sake
+    sees = below | torch.eye(T, dtype=torch.bool)       # padding sees itself: no softmax is empty
     tree = Tree(depth.to(device), sees[:, None].to(device))
     hidden = model.hidden(ids.to(device), tree=tree).flatten(0, 1)                      # (B * T, C)
     # Ask for the edges of all tries, in the order of their nodes.
@@ -951,7 +950,7 @@ def score_pairs(model, vocabulary, pairs, name):
     lines = encode_pairs(vocabulary, pairs, model.config.positions)
     tries = sorted(build_tries(lines), key=lambda trie: len(trie.ids))
     nodes = 2**15 if model.head.is_cuda else 1024           # more falls out of a CPU's cache
-    totals = {}                                             # equal texts are scored once, and tie
+    totals = {}                                             # equal texts are scored once: they tie
     with tqdm(total=len(lines), desc=name, unit=" texts", leave=False) as bar:
         while tries:                                                            # the longest first
             rows = max(1, nodes // len(tries[-1].ids))
@@ -1076,7 +1075,7 @@ class Settings:
     skew: float = setting(0.1, "Share of p (skl) or q (srkl) mixed in.", low=1e-3, high=0.999)
     jsd_beta: float = setting(0.5, "Share of the teacher in jsd's mixture.", low=1e-3, high=0.999)
     gamma: float = setting(0.5, "Weight of the rest in drkl.", low=1e-3, high=1e3)
-    # how a run is carried out, which does not decide what is learnt
+    # how a run is carried out; but for the teachers, it changes the rounding alone
     teachers: int = setting(0, "How many of the config's teachers to learn from.", high=2)
     device: str = setting("auto", "Where to compute.", ("auto", "cpu", "cuda"))
     precision: str = setting("auto", "Of a step's matmuls; auto: fp32, and on a GPU bf16 or fp16.",
@@ -1371,7 +1370,7 @@ def to_hf_config(config, vocabulary):
             "pad_token_id": end if pad is None else pad, "dtype": "float32"}
 
 def from_hf_config(path):
-    """Return shape and V of the model that a config.json describes. Error: one not built here."""
+    """Return shape and V of the model that a config.json describes. Refuse what we do not build."""
     need(path.exists(), f"{path.parent} holds no finished model: expected config.json, "
          "tokenizer.json and model.safetensors.")
     raw = read_json(path)
@@ -1417,8 +1416,8 @@ def write_safetensors(path, tensors):
             file.write(values.view(torch.uint8).numpy())
 
 def read_safetensors(path):
-    """Read the tensors of a safetensors file, memory-mapped, every entry checked."""
-    need(path.exists(), f"{path} is missing: expected safetensors (pickles are never opened).")
+    """Read the tensors of a safetensors file, every entry checked."""
+    need(path.exists(), f"{path} is missing: expected safetensors (pickled models are not read).")
     tensors, last = {}, 0
     with reading(path):
         content = np.memmap(path, np.uint8, "c")
@@ -1536,7 +1535,7 @@ def held_out_loss(model, ids, settings):
 
 @dataclass
 class Run:
-    """A model of this session: trained by its settings, or given, then they are its shape alone."""
+    """A model of this session: one to train by its settings, or a given one, of that shape."""
     name: str
     out: Path
     settings: Settings
@@ -1581,7 +1580,7 @@ def signals_kept():
     received = []
 
     def keep(number, _):
-        # A second one ends the process. (torchrun sends it to all as soon as one has exited.)
+        # A second one ends the process. (torchrun sends SIGTERM to all when one has exited.)
         received.append(number)
         if len(received) > 1 and not dist.is_initialized():
             raise KeyboardInterrupt
@@ -1642,8 +1641,8 @@ def locked_log(folder):
 
 def fit(run, corpus, device, log, resume=False):
     """Train a run: its folder gets a log line per step and, at the end, the weights.
-    A step is a function of its number and of the weights, so a run that goes on from a checkpoint
-    ends with the same bytes as one that was never interrupted."""
+    A step is a function of its number, the weights and the optimizer's state, so a run that goes on
+    from a checkpoint ends with the same bytes as one that was never interrupted."""
     settings = run.settings
     rank, size = rank_and_size()
     dtype = step_dtype(settings, device)
@@ -1687,7 +1686,7 @@ def fit(run, corpus, device, log, resume=False):
     saved = time.monotonic()
     with bar, signals_kept() as received:
         for step in range(first, steps):
-            # one step: a function of the step's number and of the weights, nothing else
+            # one step: a function of its number, the weights, the optimizer; nothing else
             last = step + 1 == steps
             lr = lr_at(step, steps, settings)
             beta = beta_at(step // per_epoch, math.ceil(steps / per_epoch), settings)
@@ -1772,7 +1771,7 @@ def write_on(model, ids, ends, length, generator, temperature=1.0):
 SUITES = ("blimp", "supplement", "ewok")
 
 def default_pairs(suite):
-    """Return where a suite is kept; for BLiMP the small pairs that ship with us, if it is not."""
+    """Return where a suite is kept; without BLiMP, the small pairs that ship with us."""
     folder = HOME / "data" / suite
     return folder if any(folder.glob("*.jsonl")) or suite != "blimp" else HOME / "data/tiny/blimp"
 
@@ -1843,7 +1842,7 @@ def summarise(pairs, scores):
             "phenomena": {term: mean_row(rows) for term, rows in terms}}
 
 def keep_scores(folder, suite, pairs, scores):
-    """Write a model's scores to its folder: a line that says of what, then a line a pair."""
+    """Write a model's scores to its folder: a line with count and hashes, then a line a pair."""
     lines = [{"pairs": len(pairs), "weights": weights_digests(folder)}]
     for pair, (good, bad) in zip(pairs, scores.tolist()):
         lines.append({"phenomenon": pair.phenomenon, "paradigm": pair.paradigm, "line": pair.line,
@@ -2086,7 +2085,7 @@ def describe_plan(run, corpus):
             f"{steps / per_epoch:.2g} epochs, about {corpus.words * steps / per_epoch:,.0f} words")
 
 def idle_flags(settings, flags):
-    """Return the flags given that have no effect on this run."""
+    """Return flags of the loss or the vocabulary that have no effect on this run."""
     constant = DIVERGENCES.get(settings.objective, (None, None))[1]
     idle = settings_between("temperature" if settings.objective == "ce" else "fkl_weight", "gamma")
     idle += ["vocab_size"] if settings.tokenizer else []
@@ -2252,7 +2251,8 @@ def eval_blimp_command(folder, data, suite, sample, device, as_json):
     folders = {suite: data or default_pairs(suite)}
     if suite == "all":
         folders = {name: data / name if data else default_pairs(name) for name in SUITES}
-        for name in [name for name in SUITES if not any(folders[name].glob("*.jsonl"))]:
+        missing = [name for name in SUITES if not any(folders[name].glob("*.jsonl"))]
+        for name in missing:
             click.echo(f"{folders.pop(name)} holds no *.jsonl: {name} is left out.", err=True)
     need(folders, f"{data} holds none of {', '.join(SUITES)}: expected folders of minimal pairs.")
     pairs = {name: read_pairs(path, sample) for name, path in folders.items()}
@@ -2291,7 +2291,7 @@ def compare_command(first, others, suite, as_json):
                   "({low:+8.2%} to {high:+8.2%}) {p:9.2g}  {verdict}".format(**row) for row in rows]
         tables.append("\n".join(lines))
     tables.append("Better or worse: the 95 % interval over paradigms leaves out 0, and McNemar's p "
-                  "is\nunder 0.05. Of no difference, up to one row in twenty says so.")
+                  "is\nunder 0.05. Where nothing differs, up to one row in twenty says so.")
     click.echo(json.dumps(found, indent=2) if as_json else "\n\n".join(tables))
 
 @cli.command("sample")

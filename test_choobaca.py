@@ -1664,7 +1664,7 @@ def test_the_readme_is_of_this_program(default_run, monkeypatch):
 
     monkeypatch.chdir(default_run)
     keys = {key for line in history(RUN) for key in line}
-    assert first_cells("| key of the log |") == keys | {"seconds", "tokens_per_second"}
+    assert first_cells("| key in `log.jsonl` |") == keys | {"seconds", "tokens_per_second"}
     named = first_cells("| `--objective` | D |") | first_cells("| the others | D |")
     assert named == {*c.KNOWN["objective"].metadata["choices"]}
     command, said = f"eval-blimp -d {TINY}/blimp", Path("out.txt").read_text()
@@ -1768,6 +1768,7 @@ def test_a_download_happens_once(site, way, digest):
 @mark.parametrize("digest", ["", SHA256])
 @mark.parametrize("way", "broken moved interrupted stalled deaf unsized-broken".split())
 def test_a_broken_download_goes_on(site, way, digest):
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background ignores it
     message = site.run(way, digest, code=130 if way == "interrupted" else 1)
     assert ("Stopped: " if way == "interrupted" else " could not be downloaded: ") in message
     got = site.half.read_bytes()
