@@ -810,10 +810,11 @@ def test_we_read_the_folders_of_transformers(tmp_path, vocabulary, sizes):
 def test_folders_edited_by_hand(tmp_path, vocabulary):
     """Where two places disagree, we read the one that transformers reads, or refuse."""
     transformers = importorskip("transformers")
+    theta = {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}
     scaled = {"rope_scaling": {"type": "linear", "factor": 2.0}}
     m = model(V=vocabulary.size, sharp=5).eval()
     for i, (name, changed, refusal) in enumerate((
-            ("config", {"rope_theta": 9.0} | THETA, ""), ("config", THETA | scaled, "are scaled"),
+            ("config", {"rope_theta": 9.0} | theta, ""), ("config", theta | scaled, "are scaled"),
             ("tokenizer_config", {"bos_token": "</s>"}, ""),
             ("special_tokens_map", {"bos_token": "</s>"}, ""),
             ("special_tokens_map", {"bos_token": None}, ""),
