@@ -1361,7 +1361,7 @@ def to_hf_config(config, vocabulary):
     # A text ends where the next one begins, and so does what transformers generates.
     tokenizer = vocabulary.tokenizer
     newline = tokenizer.encode("\n", add_special_tokens=False).ids[-1:]
-    end = vocabulary.prefix_id if config.prefix == "line" else newline[0]
+    end = newline[0] if config.prefix == "none" and newline else vocabulary.prefix_id
     pad = tokenizer.token_to_id("<pad>")
     name = "LlamaForCausalLM" if kind == "llama" else "GPT2LMHeadModel"
     return {"architectures": [name],

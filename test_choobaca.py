@@ -807,6 +807,12 @@ def test_we_read_the_folders_of_transformers(tmp_path, vocabulary, sizes):
         ours, _ = c.load_model(tmp_path / shard, "cpu")
         assert (theirs(ids).logits - logits(ours, ids)).abs().max() < 1e-5
 
+def test_a_tokenizer_without_a_line_break_ends_a_text_with_its_prefix():
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "a": 1}, "a"))
+    tokenizer.normalizer = tokenizers.normalizers.Strip()
+    facts = c.to_hf_config(settings(prefix="none"), c.Vocabulary(tokenizer, 0, {}))
+    assert facts["eos_token_id"] == facts["pad_token_id"] == 0
+
 def test_folders_edited_by_hand(tmp_path, vocabulary):
     """Where two places disagree, we read the one that transformers reads, or refuse."""
     transformers = importorskip("transformers")
