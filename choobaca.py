@@ -176,7 +176,7 @@ def train_tokenizer(lines, vocab_size):
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", prefix)
     return tokenizer
 
-def encode(vocabulary, lines, prefix, dtype):
+def encode(vocabulary, lines, prefix):
     """Encode lines and join their ids end to end: (tokens,).
 
     The lines "A dog." and "It ran." become, by the prefix setting,
@@ -194,6 +194,7 @@ def encode(vocabulary, lines, prefix, dtype):
         tokenizer = Tokenizer.from_str(text)        # a copy that adds no space to a text
         tokenizer.encode_special_tokens = True      # a "<s>" in a text is three characters
 
+    dtype = np.uint16 if vocabulary.size <= 2**16 else np.uint32
     pieces = [np.zeros(0, dtype)]
     for i in tqdm(range(0, len(lines), 10_000), "encoding", unit=" x 10,000 lines", leave=False):
         part = [space + line for line in lines[i:i + 10_000]]                   # shows progress
@@ -1202,41 +1203,24 @@ def fingerprint(vocabulary):
     parts = json.dumps(parts).encode()
     return digest(parts, f"{vocabulary.prefix_id}".encode())
 
-def encode_once(path, vocabulary, lines, prefix):
-    """Encode lines into the file at `path`, or read it if it was made of just these."""
-    dtype = np.uint16 if vocabulary.size <= 2**16 else np.uint32
-    source = "\n".join([fingerprint(vocabulary), prefix, *lines]).encode()
-    # The file begins with a hash of text, tokenizer and ids: what does not match is made again.
-    found = path.read_bytes() if path.exists() else b""
-    seal, ids = found[:64], found[64:]
-    if seal != digest(source, ids).encode():
-        ids = encode(vocabulary, lines, prefix, dtype).tobytes()
-        with written_whole(path) as file:
-            file.write(digest(source, ids).encode() + ids)
-    return np.frombuffer(ids, dtype)
-
 def read_corpus(settings, cache):
-    """Read the corpus; cache tokenizer and ids in a folder named by a hash of their source."""
+    """Read and encode the corpus; keep a tokenizer in a folder named by a hash of its source."""
     train = read_text(Path(settings.text), r".*\.train|(?!dev\.txt$).*\.txt")
     dev = read_text(Path(settings.dev or settings.text), r".*\.dev|dev\.txt")
     need(train, f"{settings.text} holds no *.train and no *.txt: expected text.")
     need(dev or not settings.dev, f"{settings.dev} holds no *.dev and no dev.txt: expected text.")
 
     text = digest("\n".join(train).encode())
-    given = load_vocabulary(Path(settings.tokenizer)) if settings.tokenizer else None
-    origin = fingerprint(given) if given else str(settings.vocab_size)
-    folder = cache / f"text-{digest(text.encode(), origin.encode())[:12]}"
-    if not given and not (folder / "tokenizer.json").exists():
-        save_tokenizer(folder, train_tokenizer(train, settings.vocab_size))
-    vocabulary = given or load_vocabulary(folder)
-
-    digests = {"text": text, "tokenizer": fingerprint(vocabulary)}
-    ids = []
-    for name, lines in (("train", train), ("dev", dev)):
-        path = folder / f"{name}-{settings.prefix}.ids"
-        ids.append(encode_once(path, vocabulary, lines, settings.prefix))
+    folder = Path(settings.tokenizer)
+    if not settings.tokenizer:
+        source = digest(text.encode(), str(settings.vocab_size).encode())
+        folder = cache / f"tokenizer-{source[:12]}"
+        if not (folder / "tokenizer.json").exists():
+            save_tokenizer(folder, train_tokenizer(train, settings.vocab_size))
+    vocabulary = load_vocabulary(folder)
+    ids = [encode(vocabulary, lines, settings.prefix) for lines in (train, dev)]
     words = sum(len(line.split()) for line in train)
-    return Corpus(vocabulary, *ids, words, digests)
+    return Corpus(vocabulary, *ids, words, {"text": text, "tokenizer": fingerprint(vocabulary)})
 
 # -----------------------------------------------------------------------------
 # 10. GPT-2, the second coach
@@ -2181,7 +2165,7 @@ def join_processes(device):
               "Hugging Face LLaMA or GPT-2, in place of the config's; twice for two.")
 @click.option("--resume", is_flag=True, help="Go on with interrupted runs from their checkpoints.")
 @click.option("--overwrite", is_flag=True, help="Replace a run; the old one is gone at once.")
-@click.option("--dry-run", is_flag=True, help="Only say what would be trained; encodes the text.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be trained.")
 @settings_flags
 def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
     """Train a model, alone or from teachers, which are trained first if they are not there yet.
