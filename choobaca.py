@@ -2217,8 +2217,8 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
 @click.option("-m", "--model", "folder", type=location, help="A run, or any Hugging Face folder of "
               "a LLaMA or GPT-2.  [default: the newest finished run in runs/]")
 @click.option("-d", "--data", type=location, help="Folder of minimal pairs, *.jsonl as BLiMP's or "
-              "EWoK's; for all suites, the folder that has one for each.  [default: in data/]")
-@click.option("--suite", type=click.Choice((*SUITES, "all")), default="blimp", help="Which pairs.")
+              "EWoK's.  [default: in data/]")
+@click.option("--suite", type=click.Choice(SUITES), default="blimp", help="Which pairs.")
 @click.option("--sample", type=click.IntRange(0), default=0,
               help="Score about this many pairs of each suite, a seeded draw; 0: all.")
 @device_option
@@ -2232,25 +2232,13 @@ def eval_blimp_command(folder, data, suite, sample, device, as_json):
         need(finished, "no finished run in runs/: name a model with --model, or run train first.")
         folder = finished[-1].parent
 
-    folders = {suite: data or default_pairs(suite)}
-    if suite == "all":
-        folders = {name: data / name if data else default_pairs(name) for name in SUITES}
-        missing = [name for name in SUITES if not any(folders[name].glob("*.jsonl"))]
-        for name in missing:
-            click.echo(f"{folders.pop(name)} holds no *.jsonl: {name} is left out.", err=True)
-    need(folders, f"{data} holds none of {', '.join(SUITES)}: expected folders of minimal pairs.")
-    pairs = {name: read_pairs(path, sample) for name, path in folders.items()}
-
+    data = data or default_pairs(suite)
+    pairs = read_pairs(data, sample)
     model, vocabulary = load_model(folder, choose_device(device))
-    results, tables = {}, []
-    for name, path in folders.items():
-        shown = str(path).removeprefix(f"{HOME}/")
-        result = evaluate(model, vocabulary, pairs[name], folder, name, f"scoring {name}")
-        results[name] = {"model": str(folder), "data": shown, **result}
-        table = pairs_table({"accuracy": result}, paradigms=suite != "all")
-        tables.append(f"{folder} on {shown}\n\n{table}")
-    results["all"] = {"model": str(folder), "suites": dict(results)}
-    click.echo(json.dumps(results[suite], indent=2) if as_json else "\n\n".join(tables))
+    result = evaluate(model, vocabulary, pairs, folder, suite, f"scoring {suite}")
+    found = {"model": str(folder), "data": str(data).removeprefix(f"{HOME}/"), **result}
+    table = "{model} on {data}\n\n".format(**found) + pairs_table({"accuracy": result}, True)
+    click.echo(json.dumps(found, indent=2) if as_json else table)
 
 @cli.command("compare", short_help="Say whether a model is better than another, or lucky.")
 @click.argument("first", type=location)

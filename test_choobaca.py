@@ -1278,20 +1278,14 @@ def test_ties_means_and_groups(here, monkeypatch):
         with raises(click.ClickException, match="scores are not finite"):
             c.evaluate(None, None, pairs, here, "x", "test")
 
-def test_every_suite_at_once(saved):
-    """EWoK's text is in no file and no output of ours."""
-    write_pairs("blimp/a.jsonl", ("A dog ran.", "A dog run."))
-    write_pairs("supplement/hypernym.jsonl", ("It is a dog.", "It is a dogs."))
+def test_a_suites_text_is_in_no_file_and_no_output(saved):
+    """EWoK's is not to be spread."""
     write_pairs("ewok/x.jsonl", ("made-up", "Hush.", "Hush!", "Unsaid.", "Hid."))
-    command = "eval-blimp -m model --suite all -d "
-    told, found = invoke(command + ".").output, json.loads(invoke(command + ". --json").stdout)
-    names = [[*found["suites"][name]["paradigms"]] for name in c.SUITES]
-    assert names == [["a"], ["hypernym"], ["made-up"]]
-    kept = [path.read_text() for name in c.SUITES for path in saved.glob(f"{name}-*.jsonl")]
-    assert len(kept) == 3 and not re.search("Unsaid|Hush|dog", told + "".join(kept))
-    shutil.rmtree("ewok")
-    assert "ewok is left out" in invoke(command + ".").stderr
-    assert "holds none of blimp, supplement, ewok" in error(command + "blimp")
+    command = "eval-blimp -m model --suite ewok -d ewok"
+    told, found = invoke(command).output, json.loads(invoke(command + " --json").stdout)
+    assert [*found["paradigms"]] == ["made-up"]
+    kept, = saved.glob("ewok-*.jsonl")
+    assert not re.search("Unsaid|Hush", told + kept.read_text())
 
 def test_a_sample_has_the_same_share_of_each_paradigm():
     pairs, some = c.read_pairs(TINY / "blimp"), c.read_pairs(TINY / "blimp", 200)
