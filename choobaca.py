@@ -9,7 +9,6 @@ al. 2024, "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for 
     python choobaca.py train --objective rkl --teachers 1     train a teacher, then its student
     python choobaca.py eval-blimp                             score the newest run
     python choobaca.py compare RUN RUN                        is the second one better, or lucky?
-    python choobaca.py sample RUN --prompt "the dog"          let a run write
 
 Part one is the lesson, from plain versions to fast ones, which tests hold equal up to rounding.
 
@@ -28,8 +27,7 @@ BabyLlama, whose code it builds on, the place is marked with its number in this 
 
     (1) every line of text begins with <s>, and its first word with a space: scoring asks for both
     (2) all 256 bytes are in the vocabulary from the start, so no text is ever dropped
-    (3) the divergence is a mean over tokens, as cross-entropy is; BabyLlama sums it over the T
-        tokens of a row ("batchmean", a setting), which weighs it T times as much
+    (3) the divergence is a mean over tokens; BabyLlama's "batchmean" weighs it T times as much
     (4) the student's logits, mixed into the teacher's (Eq. 2), get no gradient; also a setting
     (5) the learning rate follows one cosine to the end, after a warmup
 """
@@ -39,9 +37,9 @@ if sys.version_info < (3, 11):
     sys.exit("choobaca.py needs Python 3.11 or newer.")
 
 import contextlib
+import csv
 import dataclasses
 import datetime
-import difflib
 import functools
 import hashlib
 import itertools
@@ -77,6 +75,7 @@ except ImportError:         # Windows has no such lock on a run's folder
     fcntl = None
 
 HOME = Path(__file__).resolve().parent
+TINY = HOME / "data/tiny"           # a small artificial English, and minimal pairs of it
 
 def need(condition, message):
     """Stop with one sentence to the user unless the condition holds."""
@@ -88,8 +87,7 @@ def setting(default, help, choices=(), low=0, high=2**31 - 1, path=False):
     return dataclasses.field(default=default, metadata={
         "help": help, "choices": choices, "low": low, "high": high, "path": path})
 
-# -----------------------------------------------------------------------------
-# 1. The idea
+# 1. The idea -----------------------------------------------------------------
 #
 # A language model gives each next token a probability. The text says only which token came: "dog",
 # so 1 for dog and 0 for the others. A teacher says more: dog .50, cat .40, car .09, of .01. That
@@ -136,8 +134,7 @@ def distil_in_short(student, teacher, batches, tau=2.0, alpha=0.5, lr=4e-3):
         (loss / targets.numel()).backward()
         optimizer.step()
 
-# -----------------------------------------------------------------------------
-# 2. Text to ids to batches
+# 2. Text to ids to batches ---------------------------------------------------
 #
 # lines of text  ->  ids (tokens,)  ->  inputs (B, T) and targets (B, T) of a step
 #
@@ -230,8 +227,7 @@ def batch_at(step, ids, settings):
     starts = row_starts(rows, settings, epoch)[i * B:(i + 1) * B]
     return windows(ids, starts, settings.context)
 
-# -----------------------------------------------------------------------------
-# 3. LLaMA
+# 3. LLaMA --------------------------------------------------------------------
 #
 # ids (B, T)  ->  hidden states (B, T, C): what the model knows at each position, as C numbers
 #
@@ -311,7 +307,8 @@ class LlamaMLP(nn.Module):
         self.down_proj = nn.Linear(config.inner, config.width, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gated = F.silu(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(gated)
 
 class LlamaBlock(nn.Module):
     """Add attention and feed-forward network, each after a norm, to the residual stream."""
@@ -362,8 +359,7 @@ class Llama(nn.Module):
 
     forward = hidden                # model(ids) in training; only forward can be compiled
 
-# -----------------------------------------------------------------------------
-# 4. Divergences
+# 4. Divergences --------------------------------------------------------------
 #
 # student's and teacher's logits / tau (n, V); q and k are no longer queries and keys
 #   ->  the divergence of each row (n, 1), and its gradient with respect to the student's (n, V)
@@ -421,7 +417,8 @@ def likely_share(q, p, mu):
 
     gap = (p - q).abs()
     total = gap.sum(-1, True)
-    likely = gap.mul_(torch.ge(p, least, out=rising)).sum(-1, True)     # a float mask is faster
+    mask = torch.ge(p, least, out=rising)                               # faster than a bool mask
+    likely = gap.mul_(mask).sum(-1, True)
     return torch.where(total > 0, likely / total, 0.5)                  # equal models: one half
 
 def both_ways(log_q, log_p, _, weight):
@@ -453,8 +450,8 @@ def target_apart(log_q, log_p, targets, gamma):
     two_p, rest_p = split(log_p)
     return kl(two_q, two_p) + gamma * kl(rest_q, rest_p)
 
-# Every divergence by its definition: a function of log q, log p (n, V), the observed tokens (n, 1)
-# and a constant -> (n,), and the setting that is its constant. To add one, add a line.
+# Every divergence by its definition, a function of log q, log p (n, V), targets (n, 1), a constant
+# -> (n,), and the setting that is its constant. To add one, add a line.
 DIVERGENCES = {
     "fkl": (lambda q, p, targets, _: kl(p, q), None),
     "rkl": (lambda q, p, targets, _: kl(q, p), None),
@@ -543,8 +540,7 @@ def adaptive_kl(q, p, r, mu):
 CLOSED_FORMS = {"fkl": forward_kl, "rkl": reverse_kl, "fkl+rkl": forward_and_reverse_kl,
                 "akl": adaptive_kl}
 
-# -----------------------------------------------------------------------------
-# 5. The fused loss
+# 5. The fused loss -----------------------------------------------------------
 #
 # student hidden (N, C), head (V, C), teacher hidden (N, C'), head (V, C'), targets (N,)
 #   ->  loss, cross-entropy and tau^2 divergence, summed over the N tokens
@@ -732,8 +728,7 @@ class Coach:
         """(B, T) -> (B, T, C'), C' the sum of the teachers' widths"""
         return torch.cat([teacher(ids) for teacher in self.teachers], dim=-1)
 
-# -----------------------------------------------------------------------------
-# 6. Schedules and one step
+# 6. Schedules and one step ---------------------------------------------------
 #
 # step -> learning rate, epoch -> beta: pure functions, no scheduler with a state
 
@@ -744,12 +739,14 @@ def lr_at(step, steps, settings):
     if step < settings.warmup:
         return settings.lr * (step + 1) / (settings.warmup + 1)
     # 2) a cosine from the peak, which would reach 0 at step `steps`
-    done = (step - settings.warmup) / (settings.t_max or max(1, steps - settings.warmup))
+    half = settings.t_max or max(1, steps - settings.warmup)
+    done = (step - settings.warmup) / half
     return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 def beta_at(epoch, epochs, settings):
     """Return the teacher's share of the mixed logits in an epoch, counted from 0 (Eq. 3)."""
-    lowered = max(min(0.1, settings.beta), settings.beta * (1 - epoch / epochs))     # floor: 0.1
+    done = (epoch + settings.progressive_from) / epochs     # from 0, or from 1 as appendix A.8 says
+    lowered = max(min(0.1, settings.beta), settings.beta * (1 - done))                 # floor: 0.1
     return lowered if settings.progressive else settings.beta
 
 def make_optimizer(model, settings):
@@ -798,8 +795,7 @@ def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype=t
     scaler.update()
     return torch.cat([losses, norm.double()[None]])
 
-# -----------------------------------------------------------------------------
-# 7. Minimal pairs
+# 7. Minimal pairs ------------------------------------------------------------
 #
 # two sentences that differ in one point of grammar: does the model find the good one likelier?
 #
@@ -819,10 +815,10 @@ class Pair(NamedTuple):
     file: Path
     line: int
 
-def encode_pairs(vocabulary, pairs, positions):
+def encode_pairs(vocabulary, pairs, positions, rule="2024"):
     """Encode each distinct text of the pairs: its ids, and how many of them are given."""
-    # Spaces at the end of what is given move to what is scored, and both are encoded as one string,
-    # as lm-evaluation-harness does.
+    # As in lm-evaluation-harness, both parts are one string, and spaces at the end of what is given
+    # are scored. By the rule of 2026 special tokens are added, and the first token is not scored.
     places = {}
     for pair in pairs:
         for text in (pair.good, pair.bad):
@@ -830,13 +826,13 @@ def encode_pairs(vocabulary, pairs, positions):
     given = [text[0].rstrip() for text in places]
     whole = [text[0] + text[1] for text in places]
     encode_batch = vocabulary.tokenizer.encode_batch_fast
-    encoded = zip(encode_batch(whole, add_special_tokens=False),
+    encoded = zip(encode_batch(whole, add_special_tokens=rule == "2026"),
                   encode_batch(given, add_special_tokens=False))
     lines = {}
     for (text, place), (line, start) in zip(places.items(), encoded):
         ids, known = line.ids, len(start.ids)
         if not text[0]:                             # nothing is given but the prefix token
-            ids, known = [vocabulary.prefix_id, *ids], 1
+            ids, known = [vocabulary.prefix_id] * (rule == "2024") + ids, 1
         need(0 < known < len(ids), f"{place}: nothing is left of a text when it is encoded: "
              "expected at least one token to score, and one before it.")
         need(len(ids) - 1 <= positions, f"{place}: a text has {len(ids) - 1} tokens: expected at "
@@ -946,9 +942,9 @@ def score_tries(model, tries):
     return np.split(scores, np.cumsum(sizes)[:-1])
 
 @torch.inference_mode()
-def score_pairs(model, vocabulary, pairs, name):
+def score_pairs(model, vocabulary, pairs, name, rule="2024"):
     """Return the log-probabilities of good and bad texts in nats: (pairs, 2), summed in float64."""
-    lines = encode_pairs(vocabulary, pairs, model.config.positions)
+    lines = encode_pairs(vocabulary, pairs, model.config.positions, rule)
     tries = sorted(build_tries(lines), key=lambda trie: len(trie.ids))
     nodes = 2**15 if model.head.is_cuda else 1024           # more falls out of a CPU's cache
     totals = {}                                             # equal texts are scored once: they tie
@@ -960,13 +956,13 @@ def score_pairs(model, vocabulary, pairs, name):
                 for text, edges in trie.sequences.items():
                     totals[text] = scores[edges].sum()
                 bar.update(len(trie.sequences))
-    scores = [[totals[pair.good], totals[pair.bad]] for pair in pairs]
-    return np.array(scores)
+    scores = np.array([[totals[pair.good], totals[pair.bad]] for pair in pairs])
+    need(np.isfinite(scores).all(), f"{name}: scores are not finite: was --lr too high?")
+    return scores
 
 # Here the lesson ends. What follows makes a tool of it, and needs no reading.
 
-# -----------------------------------------------------------------------------
-# 8. Files and settings
+# 8. Files and settings -------------------------------------------------------
 
 @contextlib.contextmanager
 def reading(path):
@@ -990,9 +986,6 @@ def written_whole(path):
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError as error:
-        error.filename = str(path)                  # a full disk's error has none
-        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -1030,7 +1023,7 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 class Settings:
     """All settings of a run. By default the model is the paper's student of 58M parameters."""
     # what is read, and how it becomes ids
-    text: str = setting(f"{HOME}/data/tiny", "Folder of text: *.train, *.txt; UTF-8.", path=True)
+    text: str = setting(f"{TINY}", "File or folder of text: *.train, *.txt; UTF-8.", path=True)
     dev: str = setting("", "Folder of held-out text, *.dev, dev.txt; empty: the same.", path=True)
     tokenizer: str = setting("", "A tokenizer.json or its folder; empty: train one.", path=True)
     vocab_size: int = setting(16_000, "V of a tokenizer that is trained.", low=259, high=2**24)
@@ -1041,6 +1034,8 @@ class Settings:
     random_offset: bool = setting(True, "Shift each row by 0 to T - 1 tokens, anew each epoch.")
     seed: int = setting(0, "Seed of the weights, the order of the rows and dropout.")
     # the shape of the model
+    init: str = setting("", "Begin with the weights, shape and tokenizer of this folder, a run or "
+                        "any Hugging Face LLaMA or GPT-2.", path=True)
     model_type: str = setting("llama", "Architecture.", ("llama", "gpt2"))
     width: int = setting(512, "C, the size of a hidden state.", low=1, high=2**20)
     layers: int = setting(16, "Blocks of attention and feed-forward network.", low=1, high=500)
@@ -1061,12 +1056,15 @@ class Settings:
     weight_decay: float = setting(0.01, "Decay of matrices; vectors have none.")
     beta2: float = setting(0.999, "AdamW's memory of the squared gradient.", high=0.99999)
     clip: float = setting(1.0, "Longest gradient, as a norm over all weights; 0: any length.")
+    keep: str = setting("last", "Which weights are kept: the last step's, or those of the least "
+                        "held-out loss.", ("last", "best"))
     # what the student is asked to do (the paper's Eqs. 1, 2, 3 and 9)
     objective: str = setting("ce", "Cross-entropy, or with a divergence.", ("ce", *DIVERGENCES))
     temperature: float = setting(2.0, "tau, which divides logits (Eqs. 6, 7).", low=0.5, high=1000)
     alpha: float = setting(0.5, "Weight of cross-entropy; the rest is divergence (Eq. 9).", high=1)
     beta: float = setting(1.0, "Teacher's share of the mixed logits (Eq. 2); 1: no mixing.", high=1)
     progressive: bool = setting(False, "Lower beta from epoch to epoch (Eq. 3).")
+    progressive_from: int = setting(0, "Number of the first epoch in Eq. 3: 0 or 1.", high=1)
     mixing: str = setting("constant", "The student's part of the mixed logits in the gradient.",
                           ("constant", "differentiated"))
     reduction: str = setting("token", "The divergence's mean: by token, or BabyLlama's, by row.",
@@ -1085,10 +1083,12 @@ class Settings:
     compile: bool = setting(True, "Compile the models on a GPU.")
     micro_batch: int = setting(0, "Rows in memory at once, a divisor of the batch; 0: all.")
     chunk: int = setting(304, "Rows of logits that the loss holds at once.", low=1)
-    eval_every: int = setting(0, "Steps between held-out losses; 0: only one, at the end.")
+    eval_every: int = setting(0, "Steps between held-out losses; 0: ten in all.")
     dev_tokens: int = setting(0, "Read about this many held-out tokens, evenly spread; 0: all.")
-    pairs: str = setting("", "Folder of minimal pairs, or none; empty: in data/.", path=True)
-    sample: int = setting(0, "Score about this many pairs, a seeded draw; 0: all.")
+    checkpoints: str = setting("", "Save the model when so many words were read, such as 500k,1M, "
+                               "in folders chck_500k, ... of the run; babylm: what BabyLM asks.")
+    pairs: str = setting("", "Minimal pairs, or none; empty: those in data/.", path=True)
+    sample: int = setting(0, "Score about this many pairs, evenly spread; 0: all.")
     save_minutes: float = setting(10.0, "Minutes between checkpoints.")
 
     def __post_init__(self):
@@ -1104,6 +1104,8 @@ class Settings:
              f"--context {self.context} is longer than what the model takes, {self.positions}.")
         need(self.objective == "ce" or self.teachers,
              f"--objective {self.objective} needs a teacher: add --teachers 1.")
+        need(re.fullmatch(r"babylm|([1-9]\d*[kM]?(,(?=.)|$))*", self.checkpoints), "--checkpoints "
+             f"{self.checkpoints!r}: expected babylm, or counts of words such as 500k,1M.")
 
 KNOWN = {field.name: field for field in fields(Settings)}
 PATHS = {name for name, field in KNOWN.items() if field.metadata["path"]}
@@ -1129,8 +1131,13 @@ def checked(field, value, source):
              f"{shown}: expected {rules['low']} to {rules['high']}.")
     return field.type(value)
 
-# -----------------------------------------------------------------------------
-# 9. The corpus
+# 9. The corpus ---------------------------------------------------------------
+
+def rank_and_size():
+    """Return this process's rank and how many processes there are: torchrun starts several."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 class Corpus(NamedTuple):
     """All that is known of the text."""
@@ -1142,9 +1149,9 @@ class Corpus(NamedTuple):
 
 def read_text(folder, names):
     """Read the lines, stripped and not empty, of the UTF-8 files whose names match, in order."""
-    need(folder.is_dir(), f"{folder} is not a folder: expected text (see data/download.py).")
+    need(folder.exists(), f"{folder} does not exist: expected text (see data/download.py).")
     lines = []
-    for path in sorted(folder.glob("[!.]*")):
+    for path in [folder] if folder.is_file() else sorted(folder.glob("[!.]*")):
         if re.fullmatch(names, path.name) and path.is_file():
             with reading(path):                     # a byte that is not UTF-8 is named
                 text = path.read_bytes().decode("utf-8-sig")
@@ -1210,20 +1217,23 @@ def read_corpus(settings, cache):
     need(train, f"{settings.text} holds no *.train and no *.txt: expected text.")
     need(dev or not settings.dev, f"{settings.dev} holds no *.dev and no dev.txt: expected text.")
 
-    text = digest("\n".join(train).encode())
+    held_out = dev if settings.keep == "best" else []       # then it decides what is learnt, too
+    text = digest("\n".join(train + held_out).encode())
     folder = Path(settings.tokenizer)
     if not settings.tokenizer:
         source = digest(text.encode(), str(settings.vocab_size).encode())
         folder = cache / f"tokenizer-{source[:12]}"
-        if not (folder / "tokenizer.json").exists():
+        rank, size = rank_and_size()
+        if rank == 0 and not (folder / "tokenizer.json").exists():
             save_tokenizer(folder, train_tokenizer(train, settings.vocab_size))
+        if size > 1:
+            dist.barrier()                          # the other ranks wait for it
     vocabulary = load_vocabulary(folder)
     ids = [encode(vocabulary, lines, settings.prefix) for lines in (train, dev)]
     words = sum(len(line.split()) for line in train)
     return Corpus(vocabulary, *ids, words, {"text": text, "tokenizer": fingerprint(vocabulary)})
 
-# -----------------------------------------------------------------------------
-# 10. GPT-2, the second coach
+# 10. GPT-2, the second coach -------------------------------------------------
 
 class Conv1D(nn.Module):
     """A linear layer whose weight is stored (in, out), as GPT-2's files have it."""
@@ -1258,7 +1268,6 @@ class GPT2Block(nn.Module):
                                            dropout_p=self.dropout if self.training else 0.0)
         y = self.attn["c_proj"](y.transpose(1, 2).flatten(2))
         x = x + F.dropout(y, self.dropout, self.training)
-        # the feed-forward network: widen, bend, narrow
         y = F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh")
         return x + F.dropout(self.mlp["c_proj"](y), self.dropout, self.training)
 
@@ -1297,10 +1306,6 @@ def empty_model(config, vocab_size):
     with torch.device("meta"):
         return (Llama if config.model_type == "llama" else GPT2)(config, vocab_size)
 
-def count_parameters(model):
-    """Count the weights of a model."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
 def new_model(config, vocab_size, seed):
     """Make a model with Hugging Face's initial weights: N(0, 0.02), 0 in biases, 1 in norms."""
     model = empty_model(config, vocab_size).to_empty(device="cpu")
@@ -1316,8 +1321,7 @@ def new_model(config, vocab_size, seed):
                 parameter.normal_(0.0, 0.02 / scale, generator=generator)
     return model
 
-# -----------------------------------------------------------------------------
-# 11. Run folders
+# 11. Run folders -------------------------------------------------------------
 
 HF_KEYS = {         # our setting: the key in config.json, and what holds where that is missing
     "llama": {"width": ("hidden_size", None), "layers": ("num_hidden_layers", None),
@@ -1453,34 +1457,13 @@ def load_model(folder, device):
         for name, tensor in read_safetensors(folder / shard).items():
             found[name.removeprefix(model.prefix)] = tensor.float()
     head = found.pop("lm_head.weight", None) if config.tied else None   # some hold it twice
-    try:
+    with reading(f"{folder} (config.json, or the weights)"):
         model.load_state_dict(found, assign=True)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())[:300]
-        raise click.ClickException(f"{folder}: weights and config.json are not of one model: "
-                                   f"{reason}")
     need(head is None or head.equal(model.head), f"{folder}: config.json ties head and embedding, "
          "but the weights hold two different ones.")
     return model.to(device).eval(), vocabulary
 
-# -----------------------------------------------------------------------------
-# 12. Training
-
-def rank_and_size():
-    """Return this process's rank and how many processes there are: torchrun starts several."""
-    if not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
-
-@contextlib.contextmanager
-def rank_0_first():
-    """Let rank 0 run the body first; the other ranks wait, then find its files."""
-    rank, size = rank_and_size()
-    if rank:
-        dist.barrier()
-    yield
-    if size > 1 and not rank:
-        dist.barrier()
+# 12. Training ----------------------------------------------------------------
 
 def count_steps(tokens, settings):
     """Return the steps of the run, and those of an epoch."""
@@ -1488,6 +1471,24 @@ def count_steps(tokens, settings):
     need(per_epoch, f"{settings.text} has {tokens:,} tokens, less than a batch of --batch-size "
          f"{settings.batch_size} rows of --context {settings.context}.")
     return settings.steps or per_epoch * settings.epochs, per_epoch
+
+def words_read(step, corpus, settings):
+    """Return how many words of text a run has read after a step, repeats counted, on average."""
+    tokens = step * settings.batch_size * settings.context
+    return tokens * corpus.words / len(corpus.train)
+
+def checkpoint_steps(corpus, settings):
+    """Return the folders of --checkpoints, each with the step after which it is written.
+    BabyLM asks for them at 1M to 10M words, then by 10M to 100M, then by 100M."""
+    counts = settings.checkpoints.split(",") if settings.checkpoints else []
+    if counts == ["babylm"]:
+        counts = [f"{power * i}M" for power in (1, 10, 100) for i in range(1, 11)]
+    found = {}
+    steps, _ = count_steps(len(corpus.train), settings)
+    for count in counts:
+        words = float(count.replace("k", "e3").replace("M", "e6"))
+        found[f"chck_{count}"] = math.ceil(words / words_read(1, corpus, settings))
+    return {name: step for name, step in found.items() if step <= steps}
 
 def step_dtype(settings, device):
     """Return the dtype of a step's matmuls on a device."""
@@ -1532,31 +1533,35 @@ class Run:
 
 def describe_run(run, corpus, device):
     """Return what run.json says: all that it takes to know, and to repeat, what was done."""
-    weights = [weight for teacher in run.teachers for weight in weights_digests(teacher.out)]
-    digests = {**corpus.digests, "teachers": weights, "choobaca.py": file_digest(Path(__file__))}
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    given = [each.out for each in run.teachers]
+    given += [Path(run.settings.init)] if run.settings.init else []
+    weights = [weight for folder in given for weight in weights_digests(folder)]
     return {"argv": sys.argv[1:], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "settings": asdict(run.settings), "teachers": [str(each.out) for each in run.teachers],
-            "digests": digests, "words": corpus.words, "versions": versions,
-            "prefix_token": corpus.vocabulary.tokenizer.id_to_token(corpus.vocabulary.prefix_id),
-            "processes": rank_and_size()[1],
-            "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-            "threads": torch.get_num_threads()}
+            "digests": {**corpus.digests, "weights": weights, "code": file_digest(Path(__file__))},
+            "words": corpus.words, "checkpoints": checkpoint_steps(corpus, run.settings),
+            "machine": {"device": device, "processes": rank_and_size()[1],
+                        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+                        "threads": torch.get_num_threads(), "torch": torch.__version__,
+                        "python": platform.python_version()}}
 
-DATA = ("text", "tokenizer", "teachers")                # whose hashes decide what is learnt
-RECIPE = settings_between("vocab_size", "gamma")        # the settings that decide it
-FIXED = [*RECIPE, *settings_between("teachers", "sample")]     # what --resume may not change
+RECIPE = settings_between("vocab_size", "gamma")        # the settings that decide what is learnt
 
-def need_same(run, record, names):
-    """Refuse a run that was begun with other settings of these names, other data or teachers."""
+def need_same(run, record, resumed):
+    """Refuse a run that was begun with another recipe or data, or to resume, in another way."""
     path = run.out / "run.json"
     before = read_json(path)
-    for group, chosen in (("settings", names), ("digests", DATA)):
-        for name in chosen:
+    checks = [("digests", ["text", "tokenizer", "weights"]), ("settings", RECIPE)]
+    if resumed:
+        checks += [("settings", settings_between("teachers", "sample")),
+                   ("machine", ["device", "processes"])]
+    for group, names in checks:
+        for name in names:
             with reading(path):
                 old, new = before[group].get(name), record[group][name]
-            need(old == new, f"{name.replace('_', '-')} is {new}, but {run.out} was begun with "
-                 f"{old}: go on with that, or choose another --out.")
+            known = "" if group == "digests" else f" ({old})"
+            need(old == new, f"{name.replace('_', '-')} has changed since {run.out} was begun"
+                 f"{known}: go back to that, or choose another --out.")
 
 @contextlib.contextmanager
 def signals_kept():
@@ -1564,10 +1569,8 @@ def signals_kept():
     received = []
 
     def keep(number, _):
-        # A second one ends the process. (torchrun sends SIGTERM to all when one has exited.)
         received.append(number)
-        if len(received) > 1 and not dist.is_initialized():
-            raise KeyboardInterrupt
+        signal.signal(signal.SIGINT, signal.default_int_handler)        # a second Ctrl-C ends it
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.signal(number, keep) for number in numbers}
@@ -1584,27 +1587,45 @@ def stop_signal(received, device):
         dist.all_reduce(flag)
     return max(received, default=signal.SIGTERM) if flag else 0
 
-def save_state(path, facts, parts):
+def save_state(path, progress, parts):
     """Write a checkpoint, whole on the disk before it replaces the last one."""
     states = {name: part.state_dict() for name, part in parts.items()}
     with written_whole(path) as file:
-        try:
-            torch.save(facts | states, file)
-        except RuntimeError as error:               # torch's own error hides the disk's
-            raise error.__context__ if isinstance(error.__context__, OSError) else error
+        torch.save(progress | states | {"run": file_digest(path.with_name("run.json"))}, file)
 
-def load_state(path, identity, parts):
-    """Put a checkpoint of this run into the parts. Return its step, seconds, and log's length."""
+def load_state(path, progress, parts):
+    """Put a checkpoint of this run into the parts, and its progress in place of the one given."""
     with reading(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
-        need(state["run"] == identity, f"{path} is of another run, another number of processes or "
-             "another kind of device: begin again with --overwrite.")
+        need(state["run"] == file_digest(path.with_name("run.json")), f"{path} is of another run "
+             "than the run.json beside it: begin again with --overwrite.")
         for name, part in parts.items():
             part.load_state_dict(state[name])
         for weight, moments in parts["optimizer"].state.items():
             need(moments["exp_avg"].shape == moments["exp_avg_sq"].shape == weight.shape,
                  f"{path} is damaged: its parts do not fit each other.")
-        return int(state["step"]), float(state["seconds"]), int(state["logged"])
+        progress |= {name: type(value)(state[name]) for name, value in progress.items()}
+
+def begin_run(run, record, steps, log, resume, parts):
+    """Begin a run in a clean folder, or where its checkpoint is. Return its progress."""
+    # `logged` is the log's length in bytes, `least` the least held-out loss.
+    progress = {"step": 0, "seconds": 0.0, "logged": 0, "least": math.inf}
+    state = run.out / "state.pt"
+    if resume and (run.out / "run.json").exists():
+        need_same(run, record, resumed=True)
+    if resume and state.exists():
+        load_state(state, progress, parts)
+        need(0 < progress["step"] < steps,
+             f"{state} is damaged: it is of step {progress['step']} of {steps}.")
+    if rank_and_size()[0] == 0:
+        log.truncate(min(progress["logged"], log.tell()))
+        for path in run.out.glob(".choobaca-[0-9]*-*"):     # of a killed process
+            path.unlink()
+    if rank_and_size()[0] == 0 and not progress["step"]:
+        for path in (state, *run.out.glob("model.safetensors"), *run.out.glob("chck_*/model.*")):
+            path.unlink(missing_ok=True)                    # of an earlier run
+        write_json(run.out / "run.json", record)
+    return progress
 
 @contextlib.contextmanager
 def locked_log(folder):
@@ -1619,14 +1640,10 @@ def locked_log(folder):
             yield log
     except BlockingIOError:
         raise click.ClickException(f"{folder}: another process is training this run: wait.")
-    except OSError as error:
-        error.filename = error.filename or str(path)        # a full disk's error has none
-        raise
 
 def fit(run, corpus, device, log, resume=False):
     """Train a run: its folder gets a log line per step and, at the end, the weights.
-    A step is a function of its number, the weights and the optimizer's state, so a run that goes on
-    from a checkpoint ends with the same bytes as one that was never interrupted."""
+    A run that goes on from a checkpoint ends with the bytes of one that was never interrupted."""
     settings = run.settings
     rank, size = rank_and_size()
     dtype = step_dtype(settings, device)
@@ -1634,40 +1651,29 @@ def fit(run, corpus, device, log, resume=False):
     tokens = settings.batch_size * settings.context
     # the model, its optimizer, and the teachers that it listens to
     V = corpus.vocabulary.size
-    model = new_model(settings, V, settings.seed).to(device).train()
+    model = new_model(settings, V, settings.seed)
+    if settings.init:
+        model = load_model(Path(settings.init), device)[0]
+        model.config = settings
+    model = model.to(device).train()
     optimizer = make_optimizer(model, settings)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    if settings.keep == "best":
+        parts["best"] = new_model(settings, V, settings.seed).to(device)
     teachers = [load_model(teacher.out, device)[0] for teacher in run.teachers]
     teacher_dtype = PRECISIONS.get(settings.teacher_precision, dtype)
     coach = Coach(teachers, teacher_dtype, V) if teachers else None
     if settings.compile and device == "cuda":       # a small model's step is mostly kernel launches
         for each in [model, *teachers]:
             each.compile()
-    # begin at a checkpoint, or at step 0 in a clean folder
-    state = run.out / "state.pt"
-    record = describe_run(run, corpus, device)
-    identity = [[record["settings"][name] for name in FIXED],
-                [record["digests"][name] for name in DATA], size, device]
-    identity = digest(json.dumps(identity).encode())
-    first, spent, logged = 0, 0.0, 0
-    if resume and (run.out / "run.json").exists():
-        need_same(run, record, FIXED)
-    if resume and state.exists():
-        first, spent, logged = load_state(state, identity, parts)
-        need(0 < first < steps, f"{state} is damaged: it is of step {first} of {steps}.")
-    if rank == 0:
-        log.truncate(min(logged, log.tell()))
-        for path in run.out.glob(".choobaca-[0-9]*-*"):     # of a killed process
-            path.unlink()
-    if rank == 0 and not first:
-        state.unlink(missing_ok=True)
-        (run.out / "model.safetensors").unlink(missing_ok=True)
-        write_json(run.out / "run.json", record)
-
+    progress = begin_run(run, describe_run(run, corpus, device), steps, log, resume, parts)
+    first, spent = progress["step"], progress["seconds"]
     bar = tqdm(total=steps, initial=first, desc=run.name, unit=" steps", disable=rank > 0)
-    begin = time.perf_counter() - spent
+    started = time.perf_counter() - spent
     saved = time.monotonic()
+    look_every = settings.eval_every or math.ceil(steps / 10)
+    folders = checkpoint_steps(corpus, settings)
     with bar, signals_kept() as received:
         for step in range(first, steps):
             # one step: a function of its number, the weights, the optimizer; nothing else
@@ -1686,44 +1692,54 @@ def fit(run, corpus, device, log, resume=False):
             loss, ce, kl, norm = row.tolist()                                   # waits for a GPU
             sound = math.isfinite(loss) and (scaler.is_enabled() or math.isfinite(norm))
             need(sound and scaler.get_scale() > 1e-6, f"{run.out}: step {step + 1} has a loss of "
-                 f"{loss:.4g} and a gradient of {norm:.4g}: begin again with a lower --lr.")
-            seconds = time.perf_counter() - begin
+                 f"{loss:.4g} and a gradient of {norm:.4g}: begin again with a lower --lr, or a "
+                 "sound teacher.")
+            seconds = time.perf_counter() - started
             speed = (step + 1 - first) * tokens / (seconds - spent)
-            line = {"step": step + 1, "loss": loss, "ce": ce, "norm": norm, "lr": lr}
+            line = {"step": step + 1, "epoch": (step + 1) / per_epoch,
+                    "words": round(words_read(step + 1, corpus, settings)),
+                    "loss": loss, "ce": ce, "norm": norm, "lr": lr}
             line |= {"kl": kl, "beta": beta} if coach else {}
             line |= {"seconds": seconds, "tokens_per_second": speed}
             log.write(json.dumps(line) + "\n")
             log.flush()
             bar.set_postfix_str(f"loss {loss:.3g}, lr {lr:.2g}, {speed:,.0f} tokens/s", False)
             bar.update()
-            if last or settings.eval_every and (step + 1) % settings.eval_every == 0:
+            # now and then the held-out loss, which changes nothing, and the folders asked for
+            dev_loss = None
+            if last or (step + 1) % look_every == 0:
                 dev_loss = held_out_loss(model, corpus.dev, settings)
+            if dev_loss is not None:
                 log.write(json.dumps({"step": step + 1, "dev_loss": dev_loss}) + "\n")
+                if settings.keep == "best" and dev_loss < progress["least"]:
+                    progress["least"] = dev_loss
+                    parts["best"].load_state_dict(model.state_dict())
+            for name, at in folders.items():
+                if rank == 0 and at == step + 1:
+                    save_model(run.out / name, model, corpus.vocabulary)
             # a checkpoint every few minutes, and before we obey a signal
             number = stop_signal(received, device)
             due = time.monotonic() - saved > 60 * settings.save_minutes
             if not last and (number or due) and rank == 0:
                 log.flush()
                 os.fsync(log.fileno())
-                save_state(state, {"run": identity, "step": step + 1, "seconds": seconds,
-                                   "logged": log.tell()}, parts)
+                progress |= {"step": step + 1, "seconds": seconds, "logged": log.tell()}
+                save_state(run.out / "state.pt", progress, parts)
                 saved = time.monotonic()
             if number:
                 break
 
-        with rank_0_first():                        # no rank leaves while rank 0 still writes
-            if rank == 0 and last:
-                save_model(run.out, model, corpus.vocabulary)
-                state.unlink(missing_ok=True)
-        number = number or stop_signal(received, device)
+        if rank == 0 and last:
+            save_model(run.out, parts.get("best", model), corpus.vocabulary)
+            (run.out / "state.pt").unlink(missing_ok=True)
+        number = stop_signal(received, device) or number        # all wait until rank 0 has written
     if number and rank == 0:
         click.echo(f"{run.name}: stopped after step {step + 1:,} of {steps:,}, which is kept. To "
                    "go on: the same command with --resume.", err=True)
     if number:
         sys.exit(128 + number)
 
-# -----------------------------------------------------------------------------
-# 13. Sampling
+# 13. Sampling ----------------------------------------------------------------
 
 @torch.no_grad()
 def write_on(model, ids, ends, length, generator, temperature=1.0):
@@ -1749,15 +1765,9 @@ def write_on(model, ids, ends, length, generator, temperature=1.0):
             drawn[row].append(i)
     return drawn
 
-# -----------------------------------------------------------------------------
-# 14. Tables: reading pairs, summing up scores, comparing models
+# 14. Tables: reading pairs, summing up scores, comparing models --------------
 
 SUITES = ("blimp", "supplement", "ewok")
-
-def default_pairs(suite):
-    """Return where a suite is kept; without BLiMP, the small pairs that ship with us."""
-    folder = HOME / "data" / suite
-    return folder if any(folder.glob("*.jsonl")) or suite != "blimp" else HOME / "data/tiny/blimp"
 
 def group_by(items, key):
     """Group items by key, in the order of first appearance."""
@@ -1766,7 +1776,7 @@ def group_by(items, key):
         groups.setdefault(key(item), []).append(item)
     return groups
 
-def read_pair(line, path, number):
+def read_pair(line, path, number, rule="2024"):
     """Read a line of BLiMP's kind (two sentences) or of EWoK's (one context, two targets)."""
     try:
         item = json.loads(line)
@@ -1784,25 +1794,29 @@ def read_pair(line, path, number):
             "sentence_bad, or Context1, Context2, Target1 and Target2, none of them empty.")
     term = term.replace("s-selection", "argument_structure")        # as BLiMP's paper counts them
     given = contexts[0] if contexts else ""
-    return Pair((given, " " + good), (given, " " + bad), paradigm, term, path, number)
+    if rule == "2026" and contexts:                 # one target after two contexts, all scored
+        given = ""
+        good, bad = [f"{context} {good}" for context in contexts]
+    space = " " if rule == "2024" else ""
+    return Pair((given, space + good), (given, space + bad), paradigm, term, path, number)
 
-def read_pairs(folder, sample=0):
-    """Read the pairs in a folder's *.jsonl, or about `sample`, the same share of each paradigm."""
-    paths = sorted(path for path in folder.glob("[!.]*.jsonl") if path.is_file())
-    pairs = [read_pair(line, path, number) for path in paths
-             for number, line in enumerate(path.read_bytes().splitlines(), 1) if line.strip()]
-    need(pairs, f"{folder} holds no *.jsonl of minimal pairs (see data/download.py).")
-    share = min(1.0, sample / len(pairs)) if sample else 1.0
-    kept = []
-    draw = np.random.default_rng(0)
-    for group in group_by(pairs, lambda pair: pair.paradigm).values():
-        count = max(1, round(share * len(group)))       # one at least
-        kept += [group[i] for i in sorted(draw.permutation(len(group))[:count])]
-    return kept
+def pair_lines(path):
+    """Return the lines of a file of pairs, JSON; the rows of a table (.tsv, .csv) are made such."""
+    if path.suffix == ".jsonl":
+        return path.read_bytes().splitlines()
+    with reading(path):
+        text = path.read_bytes().decode("utf-8-sig").splitlines()
+        table = csv.DictReader(text, delimiter="\t" if path.suffix == ".tsv" else ",")
+        return ["", *map(json.dumps, table)]        # line 1 has the columns' names
 
-def points(scores):
-    """Score 1 for a pair whose good text is as likely or likelier, else 0."""
-    return scores[:, 0] >= scores[:, 1]
+def read_pairs(folder, sample=0, rule="2024"):
+    """Read the pairs in a folder or a file, all or about `sample`, evenly spread."""
+    paths = [folder] if folder.is_file() else sorted(folder.glob("[!.]*"))
+    paths = [path for path in paths if path.suffix in (".jsonl", ".tsv", ".csv") and path.is_file()]
+    pairs = [read_pair(line, path, number, rule) for path in paths
+             for number, line in enumerate(pair_lines(path), 1) if line.strip()]
+    need(pairs, f"{folder} holds no minimal pairs, *.jsonl or *.tsv (see data/download.py).")
+    return pairs[::max(1, round(len(pairs) / sample)) if sample else 1]
 
 def mean_row(rows):
     """Average accuracies without weights, as BabyLM does; errors add up as their squares."""
@@ -1816,7 +1830,7 @@ def summarise(pairs, scores):
     groups = group_by(range(len(pairs)), lambda i: pairs[i].paradigm)
     for uid, members in groups.items():
         own = scores[members]
-        right, n = points(own), len(members)
+        right, n = own[:, 0] >= own[:, 1], len(members)           # a tie counts
         paradigms[uid] = {"phenomenon": pairs[members[0]].phenomenon,
                           "accuracy": right.mean(), "n": n,
                           "stderr": right.std() / math.sqrt(n - 1) if n > 1 else 0.5,
@@ -1835,16 +1849,6 @@ def keep_scores(folder, suite, pairs, scores):
     named = json.dumps([pair[:4] for pair in pairs])
     with written_whole(folder / f"{suite}-{digest(named.encode())[:8]}.jsonl") as file:
         file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
-
-def evaluate(model, vocabulary, pairs, folder, suite, name):
-    """Score pairs, keep the scores in the model's folder, and return the summary."""
-    scores = score_pairs(model, vocabulary, pairs, name)
-    need(np.isfinite(scores).all(), f"{folder}: its scores are not finite: was --lr too high?")
-    try:
-        keep_scores(folder, suite, pairs, scores)
-    except OSError as error:
-        click.echo(f"The scores of single pairs are not kept: {error}.", err=True)
-    return summarise(pairs, scores)
 
 def pairs_table(results, paradigms):
     """Lay out the summaries of models on the same pairs, side by side, in percent."""
@@ -1885,22 +1889,14 @@ def read_scores(path):
             scores.append([float(line["good"]), float(line["bad"])])
         need(len(names) == facts["pairs"] > 0 and facts["weights"] == weights_digests(path.parent),
              f"{path} is cut off, or of other weights than those beside it: run eval-blimp again.")
-    return names, points(np.array(scores))
-
-def mcnemar(gained, lost):
-    """Return the exact two-sided p of McNemar's test (1947)."""
-    # How often does a fair coin split the pairs that only one model gets right as unevenly?
-    coin = torch.distributions.Binomial(gained + lost, torch.tensor(0.5, dtype=torch.float64))
-    splits = torch.arange(min(gained, lost) + 1, dtype=torch.float64)
-    tail = coin.log_prob(splits).logsumexp(0)
-    return min(1.0, 2 * tail.exp().item())
+    return names, np.array([good >= bad for good, bad in scores])
 
 def confidence_interval(differences):
     """Return a 95 % interval for the mean over paradigms of the mean difference within each."""
     # Pairs of a paradigm are alike, so paradigms are what is drawn: Student's t over their means,
-    # whose spread contains that of the pairs. Of a single paradigm, only the pairs vary.
+    # whose spread contains that of the pairs. Of one or two, only the pairs are taken to vary.
     means = np.array([difference.mean() for difference in differences])
-    sample = means if len(means) > 1 else differences[0]
+    sample = means if len(means) > 2 else np.concatenate(differences)
     n = len(sample)
     error = sample.std(ddof=1) / math.sqrt(n) if n > 1 else 1.0
     # The 97.5 % quantile of Student's t: sqrt(df) tan(angle) has it if angle has cos^(df - 1).
@@ -1921,25 +1917,20 @@ def compare_scores(names, first, other):
         groups = list(group_by(chosen, lambda i: names[i][:2]).values())
         gaps = [other[group].astype(float) - first[group] for group in groups]
         low, high = confidence_interval(gaps)
-        gap = np.concatenate(gaps)
-        gained = int(np.sum(gap > 0))
-        lost = int(np.sum(gap < 0))
-        p = mcnemar(gained, lost)
-        # McNemar's test decides where there are few pairs, the interval where there are many.
+        # Up to five pairs that differ fall on one side by chance once in 16 times, or more often.
         verdict = "not distinguishable"
-        if p < 0.05 and not low <= 0 <= high:
+        if np.count_nonzero(np.concatenate(gaps)) > 5 and not low <= 0 <= high:
             verdict = "better" if low > 0 else "worse"
-        if len(groups) == 1:
+        if len(groups) < 3:
             verdict += " on these pairs"
         before = np.mean([first[group].mean() for group in groups])
         after = np.mean([other[group].mean() for group in groups])
-        rows.append({"phenomenon": term, "paradigms": len(groups), "n": len(gap),
+        rows.append({"phenomenon": term, "paradigms": len(groups), "n": len(chosen),
                      "first": before, "other": after, "difference": after - before,
-                     "low": low, "high": high, "p": p, "verdict": verdict})
+                     "low": low, "high": high, "verdict": verdict})
     return rows
 
-# -----------------------------------------------------------------------------
-# 15. The command line
+# 15. The command line --------------------------------------------------------
 
 def settings_flags(command):
     """Give a command a flag for every setting, None where it is not given."""
@@ -1959,26 +1950,22 @@ def check_keys(table, allowed, source, folder):
     """Return the settings in a table, checked; paths are taken from the file's folder."""
     values = {}
     for key, value in table.items():
-        near = difflib.get_close_matches(key, allowed, 1)
-        hint = f"did you mean {near[0]!r}?" if near else "train --help lists them."
-        need(key in allowed, f"{source}unknown key {key!r}; {hint}")
+        need(key in allowed, f"{source}unknown key {key!r}: train --help lists the settings.")
         shown = key.replace("_", "-") if source == "--" else key
         values[key] = checked(KNOWN[key], value, source + shown)
         if key in PATHS and value not in ("", "none"):
             values[key] = os.path.normpath(folder / os.path.expanduser(value))
     return values
 
-def read_config(path, above=()):
+def read_config(path):
     """Return the student's settings and each teacher's, from a TOML file."""
     with reading(path):
-        need(path.resolve() not in above, f"{path} is its own base: expected another file.")
         raw = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
         need(isinstance(raw.get("teacher", []), list), f"{path}: expected [[teacher]].")
         tables = [dict(table) for table in raw.pop("teacher", [])]
-        base = path.parent / raw.pop("base", "")
-    values, teachers = {}, []           # what it leaves out is its base's, teachers one by one
-    if base != path.parent:
-        values, teachers = read_config(base, (*above, path.resolve()))
+        # what it leaves out is its base's, teachers one by one
+        base = raw.pop("base", None)
+        values, teachers = read_config(path.parent / base) if base else ({}, [])
     values |= check_keys(raw, KNOWN, f"{path}: ", path.parent)
     for i, table in enumerate(tables):
         own = settings_between("context", "clip") + ["micro_batch"]
@@ -2002,13 +1989,21 @@ def read_settings(config, flags, teachers):
              "expected one folder or two different ones, and --teachers to be their number.")
         values["teachers"] = count
         values["tokenizer"] = values.get("tokenizer") or str(teachers[0])
+    if values.get("init"):
+        folder = Path(values["init"])
+        shape, V = from_hf_config(folder / "config.json")
+        values |= {name: getattr(shape, name) for name in settings_between("model_type", "dropout")}
+        values["tokenizer"] = str(folder)
+        need(load_vocabulary(folder).size == V, f"--init: {folder} has logits without tokens: "
+             "expected as many tokens as config.json's vocab_size.")
     settings = Settings(**values)
     need(teachers or settings.teachers <= len(tables), f"--teachers {settings.teachers}: {config} "
          f"has {len(tables)} of [[teacher]]: add one, or name a folder with --teacher.")
     # a teacher is as the student, but for its own table and for how the student learns
     plain = {name: KNOWN[name].default for name in settings_between("objective", "gamma")}
     tables = [] if teachers else tables[:settings.teachers]
-    return settings, [replace(settings, teachers=0, **plain, **table) for table in tables]
+    plain |= {"teachers": 0, "init": "", "checkpoints": ""}
+    return settings, [replace(settings, **plain, **table) for table in tables]
 
 def plan_runs(out, folders, settings, described, corpus, device):
     """Return a command's runs: the teachers, in these folders or as described, and the student."""
@@ -2017,22 +2012,20 @@ def plan_runs(out, folders, settings, described, corpus, device):
     runs = [Run("", folder, from_hf_config(folder / "config.json")[0], given=True)
             for folder in folders]
     for own in described:
-        facts = [[getattr(own, name) for name in RECIPE], corpus.digests]
+        names = RECIPE + ["eval_every", "dev_tokens"] * (own.keep == "best")
+        facts = [[getattr(own, name) for name in names], corpus.digests]
         name = f"teacher-{own.model_type}-{digest(json.dumps(facts).encode())[:8]}"
         runs.append(Run("", beside / name, own))
     for i, run in enumerate(runs, 1):
         run.name = f"teacher {i}" if len(runs) > 1 else "teacher"
         if not run.finished:
             continue
-        # a trained teacher must have the student's tokenizer, and sound weights
         if not run.given:
-            need_same(run, describe_run(run, corpus, device), RECIPE)
+            need_same(run, describe_run(run, corpus, device), resumed=False)
         teacher, vocabulary = load_model(run.out, "cpu")
         V = corpus.vocabulary.size
         need(fingerprint(vocabulary) == fingerprint(corpus.vocabulary), f"{run.out} has another "
              f"vocabulary than the student ({V:,} tokens): both must share one tokenizer.")
-        need(all(weight.isfinite().all() for weight in teacher.parameters()),
-             f"{run.out}: its weights are not finite: train it again, perhaps with a lower --lr.")
         if len(teacher.head) > V:
             click.echo(f"{run.out}: logits behind the {V:,} tokens are left out.", err=True)
     runs.append(Run("student" if runs else "model", out, settings, tuple(runs)))
@@ -2042,6 +2035,8 @@ def plan_runs(out, folders, settings, described, corpus, device):
     for run in runs:
         need(settings.context <= run.settings.positions, f"{run.name}: --context "
              f"{settings.context} is longer than what it takes, {run.settings.positions}.")
+        need(run.given or run.settings.keep == "last" or len(corpus.dev) > run.settings.context,
+             f"{run.name}: --keep best needs held-out text: name some with --dev.")
         rows = run.settings.batch_size
         need(run.given or rows % size == 0, f"{run.name}: {size} processes cannot share "
              f"--batch-size {rows} evenly: take another number of either.")
@@ -2059,34 +2054,61 @@ def describe_loss(settings):
     return text
 
 def describe_plan(run, corpus):
-    """Describe what will be trained."""
+    """Describe what a run trains, and for how long."""
     settings = run.settings
     steps, per_epoch = count_steps(len(corpus.train), settings)
     model = empty_model(settings, corpus.vocabulary.size)
     tokens = settings.batch_size * settings.context
-    return (f"{run.name:<9} {run.out}: {settings.model_type}, {count_parameters(model):,} "
-            f"parameters, {describe_loss(settings)}, {steps:,} steps of {tokens:,} tokens, "
-            f"{steps / per_epoch:.2g} epochs, about {corpus.words * steps / per_epoch:,.0f} words")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    words = words_read(steps, corpus, settings)
+    limit = ""
+    if words > 1e8 and corpus.words < 1.1e7:
+        limit = ", of which BabyLM's strict-small track allows 100 million"
+    return (f"{settings.model_type}, {parameters:,} parameters, {describe_loss(settings)}, "
+            f"{steps:,} steps of {tokens:,} tokens, {steps / per_epoch:.2g} epochs, about "
+            f"{words:,.0f} words{limit}")
 
 def idle_flags(settings, flags):
-    """Return flags of the loss or the vocabulary that have no effect on this run."""
+    """Return the flags that have no effect on this run."""
     constant = DIVERGENCES.get(settings.objective, (None, None))[1]
     idle = settings_between("temperature" if settings.objective == "ce" else "fkl_weight", "gamma")
+    idle += ["kv_heads", "rope_theta"] if settings.model_type == "gpt2" else ["dropout"]
     idle += ["vocab_size"] if settings.tokenizer else []
+    idle += ["epochs"] if settings.steps else []
+    idle += ["mixing"] if settings.beta == 1 and not settings.progressive else []
+    idle += ["tokenizer", *settings_between("model_type", "dropout")] if settings.init else []
     return ["--" + name.replace("_", "-") for name in idle
             if name != constant and flags[name] is not None]
 
-def print_results(runs, corpus, pairs, device):
+def write_card(run, corpus, found):
+    """Write a run's model card, as the Hugging Face hub shows it."""
+    settings = {name: value for name, value in asdict(run.settings).items()
+                if value != KNOWN[name].default and name not in PATHS}
+    teachers = ", ".join(teacher.out.resolve().name for teacher in run.teachers)
+    text = (f"---\nlibrary_name: transformers\n---\n# {run.out.resolve().name}\n\nA language model "
+            f"trained with ChooBaCa from {Path(run.settings.init).name or 'scratch'}: "
+            f"{describe_plan(run, corpus)}{found}.\n\n- Text: {Path(run.settings.text).name}, "
+            f"{corpus.words:,} words\n- Teachers: {teachers or 'none'}\n"
+            f"- Settings that are not the defaults: {json.dumps(settings)}\n")
+    with written_whole(run.out / "README.md") as file:
+        file.write(text.encode(errors="replace"))
+
+def print_results(runs, trained, corpus, pairs, device):
     """Print what the models have learnt, side by side, and where they are."""
     results, lines = {}, []
     for run in runs:
         model, _ = load_model(run.out, device)
-        if pairs:
-            results[run.name] = evaluate(model, corpus.vocabulary, pairs, run.out, "blimp",
-                                         f"scoring the {run.name}")
         loss = held_out_loss(model, corpus.dev, runs[-1].settings)
-        shown = "" if loss is None else f", held-out loss {loss:.4f} nats a token"
-        lines.append(f"{run.name:<9} {run.out}{shown}")
+        found = "" if loss is None else f", held-out loss {loss:.4f} nats a token"
+        lines.append(f"{run.name:<9} {run.out}{found}")
+        if pairs:
+            scores = score_pairs(model, corpus.vocabulary, pairs, f"scoring {run.out}")
+            results[run.name] = summarise(pairs, scores)
+            found += f", {results[run.name]['accuracy']:.1%} of minimal pairs right"
+            if not run.given:               # a given folder may be somebody else's
+                keep_scores(run.out, "blimp", pairs, scores)
+        if run in trained:
+            write_card(run, corpus, found)
     if pairs:
         click.echo(pairs_table(results, paradigms=False) + "\n")
     click.echo("\n".join(lines))
@@ -2117,11 +2139,11 @@ class Cli(click.Group):
             click.echo("Stopped: what was finished is kept.", err=True)
             sys.exit(130)
         except OSError as error:
-            wrong = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError)
-            hint = "" if isinstance(error, wrong) else " Check permissions and room on the disk."
-            raise click.ClickException(f"{error.filename or 'A file'}: {error.strerror}.{hint}")
+            raise click.ClickException(f"{error.filename or 'Writing failed'}: {error.strerror}.")
         except (MemoryError, RuntimeError) as error:
             text = f"{type(error).__name__}: {error}"
+            if isinstance(error.__context__, OSError):  # torch.save's own error hides the disk's
+                raise click.ClickException(f"Writing failed: {error.__context__.strerror}.")
             need(not re.search("MemoryError|DefaultCPUAllocator", text), "out of memory: in "
                  "training, give a smaller --micro-batch (rows at once; 0 is all), which does the "
                  "job of activation checkpointing, or --chunk; else a smaller model or sample.")
@@ -2137,6 +2159,7 @@ device_option = click.option("--device", type=click.Choice(("auto", "cpu", "cuda
                              help="Where to compute.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, not tables.")
 
+@click.version_option("1.0", prog_name="ChooBaCa")
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"],
                                         "show_default": True})
 def cli():
@@ -2184,25 +2207,27 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
          f"{out} already holds files that are no run: choose another --out.")
     need(overwrite or resume or dry_run or "model.safetensors" not in names,
          f"{out} already holds a run: choose another --out, or add --overwrite to replace it.")
-
-    folder = Path(settings.pairs or default_pairs("blimp"))
-    pairs = [] if settings.pairs == "none" else read_pairs(folder, settings.sample)
+    # the small pairs fit the small text alone; BLiMP is for any other, if it has been fetched
+    small = Path(settings.text).resolve() == TINY
+    folder = Path(settings.pairs or (TINY / "blimp" if small else HOME / "data/blimp"))
+    none = settings.pairs == "none" or not settings.pairs and not folder.exists()
+    pairs = [] if none else read_pairs(folder, settings.sample)
     join_processes(device)
-    with rank_0_first():
-        corpus = read_corpus(settings, out.resolve().parent)
+    corpus = read_corpus(settings, out.resolve().parent)
     runs = plan_runs(out, folders, settings, described, corpus, device)
     todo = [run for run in runs if not run.finished or overwrite and run is runs[-1]]
     plan = [f"text      {settings.text}: {corpus.words:,} words, {len(corpus.train):,} tokens, "
-            f"{len(corpus.dev):,} held out, vocabulary {corpus.vocabulary.size:,}"]
+            f"{len(corpus.dev):,} held out, vocabulary {corpus.vocabulary.size:,}",
+            f"pairs     {len(pairs):,} from {folder}" if pairs else "pairs     none: see --pairs"]
     encode_pairs(corpus.vocabulary, pairs, min(run.settings.positions for run in runs))
     for run in runs:
         interrupted = run in todo and (run.out / "state.pt").exists()
         need(resume or overwrite or dry_run or not interrupted, f"{run.out} holds an interrupted "
              "run: add --resume to go on with it, or --overwrite to begin again.")
-        found = f"{run.name:<9} {run.out}: found, reusing it"
-        plan.append(describe_plan(run, corpus) if run in todo else found)
+        what = describe_plan(run, corpus) if run in todo else "found, reusing it"
+        plan.append(f"{run.name:<9} {run.out}: {what}")
     if resume and runs[-1] not in todo:
-        need_same(runs[-1], describe_run(runs[-1], corpus, device), FIXED)
+        need_same(runs[-1], describe_run(runs[-1], corpus, device), resumed=False)
     rank = rank_and_size()[0]
     if rank == 0:
         click.echo("\n".join(plan), err=not dry_run)
@@ -2211,19 +2236,21 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
             if not run.finished or overwrite and run is runs[-1]:
                 fit(run, corpus, device, log, resume)       # else another command was faster
     if rank == 0 and not dry_run:
-        print_results(runs, corpus, pairs, device)
+        print_results(runs, todo, corpus, pairs, device)
 
 @cli.command("eval-blimp")
 @click.option("-m", "--model", "folder", type=location, help="A run, or any Hugging Face folder of "
               "a LLaMA or GPT-2.  [default: the newest finished run in runs/]")
 @click.option("-d", "--data", type=location, help="Folder of minimal pairs, *.jsonl as BLiMP's or "
-              "EWoK's.  [default: in data/]")
+              "EWoK's, or *.tsv.  [default: in data/]")
 @click.option("--suite", type=click.Choice(SUITES), default="blimp", help="Which pairs.")
+@click.option("--rule", type=click.Choice(("2024", "2026")), default="2024",
+              help="Of which year's BabyLM pipeline; its README names the difference.")
 @click.option("--sample", type=click.IntRange(0), default=0,
-              help="Score about this many pairs of each suite, a seeded draw; 0: all.")
+              help="Score about this many pairs, evenly spread; 0: all.")
 @device_option
 @json_option
-def eval_blimp_command(folder, data, suite, sample, device, as_json):
+def eval_blimp_command(folder, data, suite, rule, sample, device, as_json):
     """Score a model on minimal pairs, for `compare` as well.
 
     Example: python choobaca.py eval-blimp --model runs/tiny-rkl-1-seed0"""
@@ -2231,19 +2258,21 @@ def eval_blimp_command(folder, data, suite, sample, device, as_json):
         finished = sorted(Path("runs").glob("*/model.safetensors"), key=os.path.getmtime)
         need(finished, "no finished run in runs/: name a model with --model, or run train first.")
         folder = finished[-1].parent
-
-    data = data or default_pairs(suite)
-    pairs = read_pairs(data, sample)
+    kept = HOME / "data" / suite
+    data = data or (kept if kept.exists() or suite != "blimp" else TINY / suite)
+    pairs = read_pairs(data, sample, rule)
     model, vocabulary = load_model(folder, choose_device(device))
-    result = evaluate(model, vocabulary, pairs, folder, suite, f"scoring {suite}")
+    scores = score_pairs(model, vocabulary, pairs, f"scoring {folder}", rule)
+    result = summarise(pairs, scores)
     found = {"model": str(folder), "data": str(data).removeprefix(f"{HOME}/"), **result}
-    table = "{model} on {data}\n\n".format(**found) + pairs_table({"accuracy": result}, True)
+    table = f"{folder} on {found['data']}\n\n{pairs_table({'accuracy': result}, True)}"
     click.echo(json.dumps(found, indent=2) if as_json else table)
+    keep_scores(folder, suite if rule == "2024" else f"{rule}-{suite}", pairs, scores)
 
 @cli.command("compare", short_help="Say whether a model is better than another, or lucky.")
 @click.argument("first", type=location)
 @click.argument("others", type=location, nargs=-1, required=True)
-@click.option("--suite", type=click.Choice(SUITES), default="blimp", help="By which scores.")
+@click.option("--suite", default="blimp", help="By which scores; 2026-blimp: of --rule 2026.")
 @json_option
 def compare_command(first, others, suite, as_json):
     """Say whether other models are better than the first on the pairs that eval-blimp scored.
@@ -2258,12 +2287,12 @@ def compare_command(first, others, suite, as_json):
         rows = compare_scores(names, base, right)
         found.append({"first": str(first), "other": str(folder), "scores": name, "rows": rows})
         lines = [f"{folder} against {first}\n\n{'accuracy':<27} {'n':>6}  first  other  "
-                 "difference, 95 % interval    McNemar's p  verdict"]
+                 "difference, 95 % interval     verdict"]
         lines += ["{phenomenon:<27} {n:>6,} {first:6.1%} {other:6.1%} {difference:+7.2%} "
-                  "({low:+8.2%} to {high:+8.2%}) {p:9.2g}  {verdict}".format(**row) for row in rows]
+                  "({low:+8.2%} to {high:+8.2%})  {verdict}".format(**row) for row in rows]
         tables.append("\n".join(lines))
-    tables.append("Better or worse: the 95 % interval over paradigms leaves out 0, and McNemar's p "
-                  "is\nunder 0.05. Where nothing differs, up to one row in twenty says so.")
+    tables.append("Better or worse: the 95 % interval leaves out 0, and more than five pairs "
+                  "differ.\nWhere nothing differs, up to one row in twenty says so.")
     click.echo(json.dumps(found, indent=2) if as_json else "\n\n".join(tables))
 
 @cli.command("sample")
@@ -2294,8 +2323,7 @@ def sample_command(run, prompt, tokens, temperature, count, seed, out, device):
     need(room > 0, f"--prompt has {len(start):,} tokens with the prefix: expected at most the "
          f"model's {model.config.positions:,} positions.")
     # a line ends before the next prefix token, at a line break, or at the model's eos
-    eos = read_json(run / "config.json").get("eos_token_id")
-    eos = eos if isinstance(eos, list) else [eos]
+    eos = np.ravel(read_json(run / "config.json").get("eos_token_id"))      # some have a list
     ends = tokenizer.encode("\n", add_special_tokens=False).ids[-1:] + [vocabulary.prefix_id]
     ends += [i for i in eos if i in range(len(model.head))]
 

@@ -72,6 +72,9 @@ def model(V=50, seed=0, sharp=1.0, **changes):
     """A small model."""
     return sharpened(c.new_model(settings(**changes), V, seed), sharp)
 
+def parameters(m):
+    return sum(parameter.numel() for parameter in m.parameters())
+
 def logits(m, ids):
     return m.hidden(ids) @ m.head.T
 
@@ -307,7 +310,7 @@ def test_the_papers_sizes():
     """58M, 360M and 705M, as the paper counts them."""
     llama = dict(width=1024, layers=24, inner=3072)
     gpt2 = dict(model_type="gpt2", width=1536, layers=24, heads=16, inner=6144, tied=True)
-    built = [c.count_parameters(c.empty_model(c.Settings(**kind), 16_000))
+    built = [parameters(c.empty_model(c.Settings(**kind), 16_000))
              for kind in ({}, llama, gpt2)]
     assert built[0] == 58_343_936 and [round(x / 1e6) for x in built] == [58, 360, 705]
 
@@ -606,8 +609,10 @@ def test_learning_rate_beta_and_pytorchs_t_max():
     rates = [c.lr_at(step, 110, s) for step in range(110)]
     rising, falling = np.arange(1, 11) / 11, np.cos(np.arange(100) * math.pi / 100)
     assert rates == approx([*rising, *(0.5 + 0.5 * falling)])
-    betas = [c.beta_at(epoch, 6, s) for epoch in range(6)]                                  # Eq. 3
-    assert betas == approx([0.7, 0.583, 0.467, 0.35, 0.233, 0.117], abs=1e-3)
+    for first, wanted in (0, [0.7, 0.583, 0.467, 0.35, 0.233, 0.117]), (1, [0.583, 0.467, 0.35]):
+        s = c.replace(s, progressive_from=first)
+        betas = [c.beta_at(epoch, 6, s) for epoch in range(6)]                              # Eq. 3
+        assert betas[:len(wanted)] == approx(wanted, abs=1e-3)
     assert c.beta_at(99, 100, s) == 0.1 and c.beta_at(5, 6, settings(beta=0.7)) == 0.7
     assert c.beta_at(1, 2, settings(beta=0.05, progressive=True)) == 0.05
     s, optimizer = settings(lr=0.5, warmup=0, t_max=30), torch.optim.SGD([torch.zeros(1)], lr=0.5)
@@ -650,8 +655,27 @@ def test_tries_score_as_one_text_at_a_time_does(vocabulary, kind, nodes, monkeyp
     found = c.score_pairs(m, vocabulary, pairs, "test")
     wanted = [[plain_score(m, vocabulary, text) for text in pair[:2]] for pair in pairs]
     assert np.allclose(found, wanted, 0, 1e-4)
-    assert found[1, 0] == found[1, 1] and found[0, 0] == found[3, 1]
-    assert c.points(found)[1] == c.points(found[:, ::-1])[1] == 1       # a tie is the good one's
+    assert found[1, 0] == found[1, 1] and found[0, 0] == found[3, 1]    # equal to the last bit
+
+def test_the_rule_of_2026(saved, vocabulary):
+    """Special tokens if the tokenizer adds any, no first token scored, two contexts compared."""
+    line = '{"Context1": "A cat.", "Context2": "A dog.", "Target1": "It ran", "Target2": "It run"}'
+    pair = c.read_pair(line, Path("x"), 1, "2026")
+    assert pair[:2] == (("", "A cat. It ran"), ("", "A dog. It ran"))
+    bare = tokenizers.Tokenizer.from_str(vocabulary.tokenizer.to_str())
+    bare.post_processor = tokenizers.processors.ByteLevel()
+    m = model(V=vocabulary.size, sharp=5)
+    for each, begins in ((vocabulary, True), (vocabulary._replace(tokenizer=bare), False)):
+        ids = each.tokenizer.encode("A cat. It ran").ids
+        log_p = logits(m, torch.tensor([ids[:-1]]))[0].double().log_softmax(-1)
+        wanted = log_p.gather(1, torch.tensor(ids[1:])[:, None]).sum().item()
+        assert (ids[0] == vocabulary.prefix_id) == begins
+        assert c.score_pairs(m, each, [pair], "", "2026")[0, 0] == approx(wanted, abs=1e-5)
+    write_pairs("p/a.jsonl", *AB * 9)
+    for rule, name in (("2024", "blimp"), ("2026", "2026-blimp")):
+        invoke(f"eval-blimp -m model -d p --rule {rule}")
+        assert "all " in invoke(f"compare model model --suite {name}").stdout
+    assert len([*saved.glob("*blimp-*")]) == 2
 
 @mark.parametrize("bad, why", [(("", "ab " * 40), "a text has"), (("A", ""), "nothing is")])
 def test_a_text_that_cannot_be_scored_names_its_place(vocabulary, bad, why):
@@ -710,6 +734,9 @@ def history(run):
     """The log without its timings."""
     lines = map(json.loads, Path(run, "log.jsonl").read_text().splitlines())
     return [{key: line[key] for key in line if key[:3] not in ("sec", "tok")} for line in lines]
+
+def steps_of(run):
+    return [line for line in history(run) if "ce" in line]
 
 def same_runs(one, other):
     assert weights(one) == weights(other) and history(one) == history(other)
@@ -876,35 +903,108 @@ def test_logits_without_a_token_teach_nothing(here):
 
 def test_a_run_is_repeatable_and_looking_changes_nothing(here):
     """The same weights of student and teachers, to the byte, and the same log; with dropout."""
-    for name, flags in (("a", ""), ("b", ""), ("c", "--eval-every 1")):
+    for name, flags in (("a", ""), ("b", ""), ("c", "--eval-every 4")):
         train(f"{name}/run", f"--objective rkl --teachers 2 {flags}")
     runs = [path.parent.name for path in here.glob("a/*/log.jsonl")]
     for run in runs:
         assert weights(f"a/{run}") == weights(f"b/{run}") == weights(f"c/{run}")
     one, same, looked = map(history, ("a/run", "b/run", "c/run"))
-    assert one == same == [line for line in looked if "ce" in line or line["step"] == 6]
-    assert len(looked) == 12 and len(runs) == 3
+    assert one == same and steps_of("a/run") == steps_of("c/run") and len(runs) == 3
+    assert [len(one), len(looked), one[-1] == looked[-1]] == [12, 8, True]
 
 def test_a_run_says_what_it_is(here):
     """And a dry run, how its loss is weighed in effect, and which flags change nothing."""
     flags = "--dry-run --teachers 2 --objective rkl --alpha 0.25 --reduction batchmean --beta 0.7"
     told = train("a", flags + " --skew 0.2 --progressive --mixing constant")
     assert re.fullmatch(
-        "text .*\nteacher 1 .*\nteacher 2 .*\nstudent .*, loss 0.25 ce [+] 96 rkl at temperature 2,"
-        " beta 0.7 falling, 6 steps of 256 tokens, 0.029 epochs, about 4.. words\n", told.stdout)
+        "text .*\npairs .*\nteacher 1 .*\nteacher 2 .*\nstudent .*, loss 0.25 ce [+] 96 rkl at "
+        "temperature 2, beta 0.7 falling, 6 steps of 256 tokens, 0.029 epochs, about 4.. words\n",
+        told.stdout)
     assert re.match("--skew has no effect here.\n[^-]*$", told.stderr)      # 96 = 0.75 * 32 * 2^2
     assert "+ 216 rkl at temperature 3," in train("a", flags + " --temperature 3").stdout
     told = train("a", "--dry-run --objective ce --beta 0.3").stderr
     assert told.startswith("--beta has no") and not os.path.exists("a")
     told, record = train("a", "--prefix none"), c.read_json(Path("a/run.json"))
-    assert re.search("held out.*\n.* parameters.* steps .* words\n", told.stderr)
+    assert re.search("held out.*\npairs.*\n.* parameters.* steps .* words\n", told.stderr)
     assert re.search("mean of 20 paradigms(.*\n)*model +a, held-out", told.stdout)
-    assert f"{record['settings']['prefix']} {record['prefix_token']}" == "none <s>"
-    assert record["digests"].keys() == {"text", "tokenizer", "choobaca.py", "teachers"}
-    steps = [f"{line['step']}{'dev_loss' in line:d}" for line in history("a")]
-    assert steps == "10 20 30 40 50 60 61".split()
+    assert record["settings"]["prefix"] == "none" and record["machine"]["processes"] == 1
+    assert record["digests"].keys() == {"text", "tokenizer", "weights", "code"}
+    assert [line["step"] for line in history("a") if "dev_loss" in line] == [1, 2, 3, 4, 5, 6]
+    first, *_, last = steps_of("a")
+    assert last["words"] == approx(6 * first["words"], abs=3) and last["epoch"] > 5 * first["epoch"]
+    card = Path("a/README.md").read_text()
+    assert re.search(r"from scratch: llama, .* 6 steps of 256 .* loss 5.*, \d+.\d% of mini", card)
+    assert "Text: brief, 14,270 words\n- Teachers: none" in card and str(here) not in card
     told = train("b", "--pairs none").stdout
     assert re.match("model +b, held-out loss", told) and not list(here.glob("b/blimp-*"))
+
+def test_a_flag_without_effect_is_named(here):
+    train("a")
+    for part, wanted in (("--epochs 2", "epochs"), ("--beta 0.7 --objective ce", "beta"),
+                         ("--mixing constant --objective rkl --teachers 1", "mixing"),
+                         ("--dropout 0.1", "dropout"),
+                         ("--model-type gpt2 --kv-heads 1", "kv-heads"),
+                         ("--init a --width 32", "width"), ("--init a --tokenizer a", "tokenizer")):
+        assert f"--{wanted} has no effect here.\n" in train("x", f"--dry-run {part}").stderr
+
+def test_models_are_kept_by_words_read(here, monkeypatch):
+    """As folders that are scored like any other. A count that is not reached has none."""
+    train("a", "--checkpoints 100,1k,9M --steps 30")
+    assert c.read_json(Path("a/run.json"))["checkpoints"] == {"chck_100": 2, "chck_1k": 15}
+    assert {path.name for path in here.glob("a/chck_*")} == {"chck_100", "chck_1k"}
+    stopped(monkeypatch, 15)
+    train("b", "--steps 30", 130)
+    weight = c.read_safetensors(Path("a/chck_1k/model.safetensors"))["lm_head.weight"]
+    assert weight.equal(torch.load("b/state.pt")["model"]["lm_head.weight"])
+    invoke("eval-blimp -m a/chck_1k --sample 40")
+    ids, s = np.zeros(10**6), settings(steps=10**8, checkpoints="babylm")
+    steps = c.checkpoint_steps(c.Corpus(None, ids, ids, 10**6, {}), s)
+    assert [*steps][:19:9] == ["chck_1M", "chck_10M", "chck_100M"] and len(steps) == 28
+    assert steps["chck_1000M"] == 10**9 / 128
+    train("a", "--checkpoints 1k --overwrite --steps 20")
+    assert not os.path.exists("a/chck_100/model.safetensors")
+
+def test_the_best_weights_are_kept(here, monkeypatch):
+    """Those of the least held-out loss, the second of four here."""
+    losses = iter([3.0, 1.0, 2.0, 2.5, 9.0, 9.0, 9.0])
+    with monkeypatch.context() as patch:
+        patch.setattr(c, "held_out_loss", lambda *_: next(losses))
+        train("best", "--keep best --steps 12 --eval-every 3")
+        train("last", "--steps 12 --eval-every 99 --checkpoints 418")
+    assert weights("best") == weights("last/chck_418") != weights("last")
+    Path("text").mkdir()
+    Path("text/a.txt").write_text("A dog ran by.\n" * 3000)
+    assert "--keep best needs held-out" in untrained("x", "--keep best --text text")
+
+def test_a_run_begins_with_given_weights(here, saved, vocabulary):
+    """By name alone: shape and tokenizer come with them. At a learning rate of 0 they stay."""
+    train("a", "--tied --heads 1")
+    train("b", "--init a --lr 0")
+    train("c", "--init a --lr 0 --objective rkl --teacher a")
+    assert weights("a") == weights("b") == weights("c") and history("c")[0]["kl"] < 1e-6
+    train("d", "--init model --context 16 --pairs none")
+    c.save_model(saved, model(V=vocabulary.size, seed=1), vocabulary)
+    told = untrained("d", "--init model --context 16 --pairs none --resume")
+    assert "weights has changed since d was begun:" in told
+    c.write_json(saved / "config.json", c.read_json(saved / "config.json") | {"vocab_size": 404})
+    assert "has logits without tokens" in untrained("x", "--init model --context 16 --pairs none")
+
+def test_any_text_trains_and_own_pairs_are_scored(here):
+    """German, Chinese, emoji, by the default config: without the pairs of another language."""
+    Path("mine").mkdir()
+    Path("mine/a.txt").write_text("Die Hunde laufen über die Straße.\n狗在跑。🐕🐕\n" * 2000)
+    for line in ("", "pairs = 'none'"):
+        told = invoke(f"train --text mine --vocab-size 400 --steps 2 -o {len(line)}")
+        assert "\npairs     none" in told.stderr and "paradigm" not in told.stdout
+    Path("own.tsv").write_text("sentence_bad\tsentence_good\nHunde läuft.\tHunde laufen.\n")
+    Path("own.csv").write_text('sentence_good,sentence_bad\n"Ja, gut.",Ja gut\n')
+    for name in ("own.tsv", "own.csv", "."):
+        told = invoke(f"eval-blimp -m 0 -d {name}").stdout
+        assert ("own" in told) and re.search(f"mean of 1 paradigm +{1 + (name == '.')} ", told)
+    Path("own.tsv").write_text("sentence_good\tsentence\nHunde läuft.\tHunde laufen.\n")
+    assert "own.tsv, line 2: expected" in error("eval-blimp -m 0 -d own.tsv")
+    told = invoke("train --text mine/a.txt --vocab-size 400 --steps 2 --pairs own.csv -o x").stdout
+    assert "own " in told
 
 def test_what_is_finished_is_used_again_if_it_is_the_same(here, monkeypatch):
     """Teachers; a run, at --resume; what another command trains, or has trained meanwhile."""
@@ -919,8 +1019,8 @@ def test_what_is_finished_is_used_again_if_it_is_the_same(here, monkeypatch):
     train("r/3", "--context 16")
     other, = {*here.glob("r/teacher-*")} - {teacher}
     Path("a.txt").write_text((TINY / "train.txt").read_text()[:400_000])
-    for flags, wanted in (("--text .", "text is "), ("--lr 0.5", "lr is 0.5, but "),
-                          (f"--teacher {other}", "teachers is [")):
+    for flags, wanted in (("--text .", "text has"), ("--lr 0.5", "lr has changed since"),
+                          (f"--teacher {other}", "weights has")):
         assert wanted in untrained("r/1", f"--resume {flags}")
     assert "found, reusing it" in train("r/1", "--resume").stderr
     assert before == (os.path.getmtime(teacher / "model.safetensors"), scores.read_bytes())
@@ -940,7 +1040,7 @@ def test_what_is_finished_is_used_again_if_it_is_the_same(here, monkeypatch):
     same_runs("r/1", "b/1")
     facts["settings"]["seed"] = 7                       # not what its name stands for
     c.write_json(teacher / "run.json", facts)
-    assert f"seed is 0, but r/{teacher.name} was begun with 7" in untrained("r/4")
+    assert f"seed has changed since r/{teacher.name} was begun (7)" in untrained("r/4")
 
 def test_held_out_loss_does_not_depend_on_the_batch():
     """Nor is anything dropped out in it."""
@@ -969,7 +1069,7 @@ def test_runs_in_half_precision(here, monkeypatch):
     train("part", "--precision fp16 --steps 12", 130)
     train("part", "--precision fp16 --steps 12 --resume")
     same_runs("whole", "part")
-    assert {math.isfinite(line["norm"]) for line in history("part")[:-1]} == {True, False}
+    assert {math.isfinite(line["norm"]) for line in steps_of("part")} == {True, False}
 
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -1024,7 +1124,7 @@ def test_two_processes_stop_and_go_on_as_one(here, monkeypatch):
     in_two("whole", "--steps 300")
     in_two("part", "--steps 300", (143, 143), signal.SIGTERM)
     assert 0 < len(history("part")) < 300
-    assert "another number of processes" in untrained("part", "--steps 300 --resume")
+    assert "processes has changed since" in untrained("part", "--steps 300 --resume")
     in_two("part", "--steps 300 --resume")
     same_runs("whole", "part")
     said = in_two("x", "--steps 100000", (1, -9), signal.SIGKILL)
@@ -1056,11 +1156,12 @@ while kills == 0 or os.WIFSIGNALED(status):
 print(status, kills, writing)"""
 
 @mark.parametrize("extra, steps", [
-    ("micro_batch = 2", 200), ('objective = "rkl"\nteachers = 2', 80)])
+    ('micro_batch = 2\nkeep = "best"', 200), ('objective = "rkl"\nteachers = 2', 80)])
 def test_killed_at_any_moment_a_run_ends_as_it_would_have(here, monkeypatch, extra, steps):
     """25 times; the same weights and log. With accumulation, or two teachers, one with dropout."""
     monkeypatch.setenv("PYTHONPATH", str(HOME))
-    args = ["train", "-c", brief_config(here, extra), "--eval-every=7", f"--steps={steps}"]
+    args = ["train", "-c", brief_config(here, extra), "--eval-every=7", f"--steps={steps}",
+            "--checkpoints=100,1k,2k,5k"]
     run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=300)
     assert run([sys.executable, "-m", "choobaca", *args, "-o", "whole/run"]).returncode == 0
     text, = here.glob("whole/tokenizer-*")
@@ -1072,6 +1173,10 @@ def test_killed_at_any_moment_a_run_ends_as_it_would_have(here, monkeypatch, ext
         assert sorted(os.listdir(f"whole/{name}")) == sorted(os.listdir(f"killed/{name}"))
         if name != text.name:
             same_runs(f"whole/{name}", f"killed/{name}")
+    kept = [*here.glob("whole/run/chck_*/*")]
+    assert len(kept) >= 3 * 6 and all(
+        path.read_bytes() == Path(str(path).replace("/whole/", "/killed/")).read_bytes()
+        for path in kept)
 
 def test_a_signal_ends_a_run_after_the_step_and_resume_goes_on(here, monkeypatch):
     """130 for Ctrl-C, 143 for SIGTERM; also from a run that was killed at its very beginning."""
@@ -1085,7 +1190,7 @@ def test_a_signal_ends_a_run_after_the_step_and_resume_goes_on(here, monkeypatch
         for name in ("log.jsonl", ".choobaca-123-run.json"):
             Path("part/x", name).touch()
     assert "holds an interrupted run: add --resume" in untrained("part/x")
-    assert len(history("part/x")) == 2 and "mean of 20" in train("part/x", "--resume").stdout
+    assert len(steps_of("part/x")) == 2 and "mean of 20" in train("part/x", "--resume").stdout
     train("whole/x")
     same_runs("whole/x", "part/x")
     assert {*os.listdir("whole/x")} == {*os.listdir("part/x")}
@@ -1118,8 +1223,8 @@ def test_what_is_no_checkpoint_of_this_run_is_refused(here, monkeypatch):
         train(out, f"--precision fp32 {flags}", 130)
     path, bad, again = Path("x/state.pt"), Mischief(), "--precision fp32 --resume "
     whole, state = path.read_bytes(), torch.load(path)
-    assert "lr is 0.5, but x was begun with 0.003" in untrained("x", again + "--lr 0.5")
-    assert "vocab-size is 301" in untrained("x", again + "--vocab-size 301")
+    assert "lr has changed since x was begun (0.003): go back" in untrained("x", again + "--lr 0.5")
+    assert "tokenizer has changed" in untrained("x", again + "--vocab-size 301")
     shutil.copy("y/state.pt", path)
     assert "of another run" in untrained("x", again)
     for harm in (bad, *(state | {key: bad} for key in ("seconds", "model")), state | {"step": 6},
@@ -1132,14 +1237,14 @@ def test_what_is_no_checkpoint_of_this_run_is_refused(here, monkeypatch):
     monkeypatch.setattr(c, "choose_device", lambda name: "cuda")    # pretend a GPU, up to where the
     monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_: module)       # checkpoint is read
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
-    assert "another kind of device" in untrained("x", again)
+    assert "device has changed" in untrained("x", again)
 
 def test_a_full_disk_leaves_the_last_checkpoint(here, monkeypatch):
     """A tokenizer, a checkpoint, a log find no room: a sentence each, and what was there stays."""
     def fails(size, name):
         with room_for(size):
             told = untrained("r/x", "--resume --save-minutes 0")
-        assert re.search(rf"Error: \S+{name}: File too large[.] .*room on the disk", told), told
+        assert re.search(rf"Error: (\S+{name}|Writing failed): File too large[.]", told), told
         assert not list(here.rglob(".choobaca-*"))
 
     fails(4_000, "tokenizer[.]json")
@@ -1162,7 +1267,7 @@ def test_what_goes_wrong_in_a_run_is_said(here, saved, vocabulary, monkeypatch):
     write_pairs("model/pairs.jsonl", *AB)
     assert "not finite" in error("eval-blimp -m model -d model")
     for flags, wanted in (("--lr 1e9 --clip 0 --steps 40", "begin again with a lower --lr"),
-                          ("--objective rkl --teacher model --context 16", "weights are not")):
+                          ("--objective rkl --teacher model --context 16 --pairs none", "sound")):
         assert wanted in untrained("r/a", f"--overwrite {flags}")
     assert not list(here.glob("r/*/*.safetensors"))
     faults = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2"),
@@ -1221,7 +1326,7 @@ DAMAGED = {                     # what config.json says: the sentence
     '"rope_scaling": {"rope_type": "llama3", "factor": 8.0}': "rotary positions are scaled",
     '"num_attention_heads": "two"': "num_attention_heads is 'two': expected int",
     '"num_attention_heads": 3': "3 heads do not divide", '"hidden_size": null': "is None: expec",
-    '"hidden_size": 64': "of one model", '"head_dim": 64': "head_dim is 64: ",
+    '"hidden_size": 64': "size mismatch", '"head_dim": 64': "head_dim is 64: ",
     '"vocab_size": 10': "at least as many", f'"vocab_size": 1{"0" * 30}': "is 1000"}
 
 def test_a_sample_ends_with_its_line(saved, vocabulary, monkeypatch):
@@ -1254,7 +1359,7 @@ def test_a_student_learns_from_what_its_teacher_wrote(here, saved, vocabulary, m
     said = [[], []]
     assert "nothing but empty lines" in error(command + "e")
 
-def test_ties_means_and_groups(here, monkeypatch):
+def test_ties_means_and_groups(here, vocabulary):
     """A mean is that of paradigms, in a report, too; a tie counts; NaN is no score."""
     for uid, term, count in (("1", "s-selection", 2), ("2", "argument_structure", 6), ("3", "", 1)):
         write_pairs(f"p/{uid}.jsonl", *AB * count, UID=uid, linguistics_term=term)
@@ -1272,11 +1377,8 @@ def test_ties_means_and_groups(here, monkeypatch):
     assert drawn["argument structure"] == [approx((75, 11.18), abs=0.01)]
     table, short = (c.pairs_table({"a": result, "b": result}, paradigms=x) for x in (True, False))
     assert re.search("argument_structure +8 +75.0 .* 75.0.*\n  1 ", table) and "\n  1 " not in short
-    monkeypatch.setattr(c, "score_pairs", lambda *_: scores)
-    for value in (np.nan, np.inf, -np.inf):
-        scores[3] = -1, value
-        with raises(click.ClickException, match="scores are not finite"):
-            c.evaluate(None, None, pairs, here, "x", "test")
+    with raises(click.ClickException, match="scores are not finite"):
+        c.score_pairs(sharpened(model(V=vocabulary.size), math.nan), vocabulary, pairs, "test")
 
 def test_a_suites_text_is_in_no_file_and_no_output(saved):
     """EWoK's is not to be spread."""
@@ -1293,13 +1395,7 @@ def test_a_sample_has_the_same_share_of_each_paradigm():
     assert {*map(len, c.group_by(some, lambda pair: pair.paradigm).values())} == {10}
     assert len(some) == 200 and pairs == c.read_pairs(TINY / "blimp", 9999)
 
-@mark.parametrize("gained, lost", [(0, 0), (1, 0), (9, 3), (40, 61), (1000, 900)])
-def test_mcnemar_is_a_fair_coin(gained, lost):
-    n, k = gained + lost, min(gained, lost)
-    wanted = min(1, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2**n)
-    assert c.mcnemar(gained, lost) == approx(wanted, rel=1e-9)
-
-@mark.parametrize("P, spread", [*itertools.product((67, 20, 5, 2), (0.0, 0.08)), (1, 0.0)])
+@mark.parametrize("P, spread", [*itertools.product((67, 20, 5, 3), (0, 0.08)), (2, 0), (1, 0)])
 def test_an_interval_covers_what_is_true_as_often_as_it_says(P, spread):
     """95 %, within the error of 300 trials, where paradigms are better by 0.03, give or take."""
     draw, covered = np.random.default_rng(1), 0
@@ -1326,7 +1422,7 @@ def test_compare(saved, vocabulary):
                           ("good", r"(.*\+0.00% \(  \+0.00% to   \+0.00%\).*\n){3}")):
         assert re.search(wanted, invoke(f"compare good {other}").stdout)
     whole = json.loads(invoke("compare guess good --json").stdout)[0]["rows"][-1]
-    assert whole["low"] < 0.3 < whole["high"] and whole["p"] < 1e-9
+    assert whole["low"] < 0.3 < whole["high"]
     one, = c.compare_scores([("all", "p", 1)], np.array([True]), np.array([False]))[1:]
     assert one["verdict"] == "not distinguishable on these pairs"
     path, = Path("same").glob("blimp-*.jsonl")
@@ -1352,7 +1448,7 @@ def test_defaults_then_base_then_toml_then_flags(here):
     assert own == [f"{first} 0.5 ce 0 3 {here}/mine" for first in ("48 0.5 False", "64 3.0 True")]
     assert [table["width"] for table in c.read_config(child)[1]] == [48, 64, 16]
     base.write_text('base = "s/x"')
-    with raises(click.ClickException, match="is its own base"):
+    with raises(click.ClickException, match="recursion"):
         c.read_settings(child, NO_FLAGS, [])
 
 def test_the_shipped_configs():
@@ -1364,7 +1460,7 @@ def test_the_shipped_configs():
     assert found.keys() == {*rows, "paper", "small", "tiny"}
     for s, teachers in found.values():
         small, large = (c.empty_model(each, s.vocab_size) for each in (s, teachers[0]))
-        assert c.count_parameters(small) < c.count_parameters(large)
+        assert parameters(small) < parameters(large)
     for row, name in enumerate(rows, 1):
         (s, teachers), (kind, n, year, *plus) = found[name], name.split("-")
         text, dev = (f"{HOME}/data/babylm-20{year}/{part}-clean" for part in ("train_10M", "dev"))
@@ -1383,19 +1479,19 @@ def test_every_flag_has_help_and_stands_once():
 
 BAD = {                         # the command and its exit code: what the user did, what is said
     ("train -o out -c bad.toml", 1): {
-        "betta = 1": "unknown key 'betta'; did you mean 'beta'?", "lr = ''": "lr is '': expected",
+        "betta = 1": "unknown key 'betta': train --help", "lr = ''": "lr is '': expected",
         "layers = true": "layers is True: exp", "lr = nan": "lr is nan", "teacher = 3": "bad.toml",
-        "lr =": "bad.toml", 'base = "no"': "no: No such file", 'base = "bad.toml"': "its own base",
+        "lr =": "bad.toml", 'base = "no"': "no: No such file", 'base = "bad.toml"': "recursion",
         "[[teacher]]\ntext = ''": "teacher 1: unknown key 'text'", f"lr = 1{'0' * 400}": "lr is 10",
-        'text = "a\\u0000b"': "without a NUL", "zzz = 1": "unknown key 'zzz'; train --help",
+        'text = "a\\u0000b"': "without a NUL", "zzz = 1": "unknown key 'zzz'",
         "[teacher]\nwidth = 3": "expected [[teacher", 'base = "\\u0000"': "null byte",
-        'text = "~no/x"': "is not a fol"},
+        'text = "~no/x"': "~no/x does not ex"},
     ("train -o out -c brief.toml --text text", 1): {
         "": "a.txt is empty", "good \udcff bad": "0xff in position 5", "short": "less than a batc"},
     ("train -o out -c brief.toml {}", 1): {
-        "--text no": "no is not a folder", "--text .": "no *.train", "--dev .": "holds no *.dev",
+        "--text no": "no does not exist", "--text .": "no *.train", "--dev .": "holds no *.dev",
         "--tokenizer no": "no: No such file", "--tokenizer brief.toml": "brief.toml is damaged",
-        "--seed 18446744073709551616": "is 18446744073709551616: expec", "--pairs .": "no *.jsonl",
+        "--seed 18446744073709551616": "is 18446744073709551616: expec", "--pairs .": "no minimal",
         "--batch-size 0": "--batch-size is 0: expected 1", "--objective rkl": "needs a teacher",
         "--objective rkl --teacher a --teacher a": "two different ones", "--device cuda": "--devic",
         "--objective ce --teachers 1": "has no teacher", "--heads 5": "5 heads do not divide",
@@ -1405,7 +1501,7 @@ BAD = {                         # the command and its exit code: what the user d
         "--lr fast": "'fast' is not a valid", "--objective magic": "'magic' is not one of 'ce', "},
     ("{}", 1): {
         "eval-blimp": "no finished run in runs/", "eval-blimp -m no": "no holds no finished",
-        "eval-blimp -d no -m x": "no holds no *.jsonl", "compare a b": "no scores of the same",
+        "eval-blimp -d no -m x": "no holds no minimal", "compare a b": "no scores of the same",
         "sample a --temperature nan": "expected 0, or"}}
 
 @mark.parametrize("command, code", BAD)
@@ -1463,7 +1559,7 @@ def test_a_damaged_or_unknown_model_is_one_sentence(saved):
     for old, new, wanted in (                           # in the JSON of the weights' file
             (b'"F32"', b'"I8"', "has dtype 'I8': expected F64"), (b"{", b"[", "is damaged"),
             (b"[0, 51200]", b"[0,999999]", "end of the file"), (b"[400, 32]", b"[1]", "is damaged"),
-            (b"[51200,", b"[51100,", "overlaps anoth"), (b"lm_head", b"lm_haed", "not of one"),
+            (b"[51200,", b"[51100,", "overlaps anoth"), (b"lm_head", b"lm_haed", "damaged"),
             (b"[400, 32]", b"[-400,32]", "is damaged")):
         path.write_bytes(whole.replace(old, new.ljust(len(old)), 1))
         assert wanted in error("eval-blimp -m model"), new
@@ -1520,7 +1616,8 @@ def test_no_mutated_file_gets_through_or_brings_it_down(here, saved, vocabulary)
     m, draw = model(V=60), random.Random(0)
     step_of(m)
     parts = {"model": m, "optimizer": c.make_optimizer(m, settings())}
-    c.save_state(here / "state.pt", {"run": "x", "step": 3, "seconds": 1, "logged": 9}, parts)
+    c.write_json(here / "run.json", {})
+    c.save_state(here / "state.pt", {"step": 3, "seconds": 1.0, "logged": 9, "least": 2.0}, parts)
 
     def read_model(path):
         c.load_model(saved, "cpu")
@@ -1533,7 +1630,7 @@ def test_no_mutated_file_gets_through_or_brings_it_down(here, saved, vocabulary)
             (3000, "p/a.jsonl", lambda path: c.read_pairs(path.parent)),
             (1500, "model/blimp-*.jsonl", c.read_scores),
             (3000, "brief.toml", lambda path: c.read_settings(path, NO_FLAGS, [])),
-            (200, "state.pt", lambda path: c.load_state(path, "x", parts))):
+            (200, "state.pt", lambda path: c.load_state(path, {"step": 0, "least": 0.0}, parts))):
         path, = here.glob(name)
         whole, refused = path.read_bytes(), 0
         for _ in range(count):
@@ -1978,7 +2075,7 @@ def test_a_report_shows_what_the_runs_are(default_run, tmp_path):
     invoke(f"report {student} {teacher} -o {tmp_path}/a.svg")
     drawn = ElementTree.parse(tmp_path / "a.svg").iter()
     titles = [re.match("\\w+", x.text)[0] for x in drawn if x.get("class") == "title"]
-    assert titles == ["Accuracy", "Cross", "Divergence", "Loss", "Learning", "Beta"]
+    assert titles == ["Accuracy", "Cross", "Held", "Divergence", "Loss", "Learning", "Beta"]
 
 def test_a_report_of_a_killed_run_of_a_plain_model_and_of_hostile_names(default_run, tmp_path):
     bad, out = "<script>alert('&\"')<-script>", tmp_path / "a.html"

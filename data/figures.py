@@ -196,7 +196,7 @@ def read_run(folder: Path) -> tuple[dict[str, str], list[dict]]:
     cells = {"run": str(folder)}
     if (folder / "config.json").exists() or not record.exists():
         model = c.empty_model(*c.from_hf_config(folder / "config.json"))
-        cells["parameters"] = f"{c.count_parameters(model):,}"
+        cells["parameters"] = f"{sum(each.numel() for each in model.parameters()):,}"
     if not record.exists():
         return cells, []
 
