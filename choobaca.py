@@ -1077,6 +1077,7 @@ class Settings:
     # how a run is carried out; but for the teachers, it changes the rounding alone
     teachers: int = setting(0, "How many of the config's teachers to learn from.", high=2)
     device: str = setting("auto", "Where to compute.", ("auto", "cpu", "cuda"))
+    threads: int = setting(0, "Processor threads; 0: one for a small model, else torch's choice.")
     precision: str = setting("auto", "Of a step's matmuls; auto: fp32, and on a GPU bf16 or fp16.",
                              ("auto", *PRECISIONS))
     teacher_precision: str = setting("auto", "As --precision, for teachers.", ("auto", *PRECISIONS))
@@ -1445,7 +1446,6 @@ def load_model(folder, device):
     vocabulary = load_vocabulary(folder)
     need(vocabulary.size <= V, f"{folder}: tokenizer.json has {vocabulary.size:,} tokens, but "
          f"config.json a vocab_size of {V:,}: expected at least as many.")
-
     shards = {"model.safetensors"}
     index = folder / "model.safetensors.index.json"
     if index.exists() and not (folder / "model.safetensors").exists():
@@ -1649,7 +1649,6 @@ def fit(run, corpus, device, log, resume=False):
     dtype = step_dtype(settings, device)
     steps, per_epoch = count_steps(len(corpus.train), settings)
     tokens = settings.batch_size * settings.context
-    # the model, its optimizer, and the teachers that it listens to
     V = corpus.vocabulary.size
     model = new_model(settings, V, settings.seed)
     if settings.init:
@@ -1728,7 +1727,6 @@ def fit(run, corpus, device, log, resume=False):
                 saved = time.monotonic()
             if number:
                 break
-
         if rank == 0 and last:
             save_model(run.out, parts.get("best", model), corpus.vocabulary)
             (run.out / "state.pt").unlink(missing_ok=True)
@@ -2197,6 +2195,8 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
     Example: python choobaca.py train --objective rkl --teachers 1"""
     settings, described = read_settings(config, flags, folders)
     device = choose_device(settings.device)
+    threads = 1 if settings.width < 128 else torch.get_num_threads()    # see data/results.md
+    torch.set_num_threads(settings.threads or threads)
     for flag in idle_flags(settings, flags):
         click.echo(f"{flag} has no effect here.", err=True)
     name = f"{config.stem}-{settings.objective}-{settings.teachers}-seed{settings.seed}"
