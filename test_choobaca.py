@@ -1768,7 +1768,7 @@ def test_the_readme_is_of_this_program(default_run, monkeypatch):
     result, said = json.loads(invoke(command + " --json").stdout), said + invoke(command).stdout
     assert teacher >= 90 and 85 <= student <= 98 and student == round(100 * result["accuracy"], 1)
     assert f"{result['model']} {result['n']}" == f"{RUN} 2000"
-    shown = README.split("is included, and prints\n")[1].split("**Status.**")[0]
+    shown = README.split("English, and prints\n")[1].split("**Status.**")[0]
     for line in re.findall("^ {4}(?!python)(.*[a-z].*)", shown, re.M):
         assert re.sub(r"[\d.\s]+", " ", line).strip() in re.sub(r"[\d.\s]+", " ", said), line
     lines = LESSON.split("A pair, by the tiny run:")[1].splitlines()[2:4]
