@@ -1369,7 +1369,7 @@ def from_hf_config(path):
     with reading(path):
         for key in ("rope_parameters", "rope_scaling"):
             rope |= raw.get(key) or {}
-    need(all(rope.get(key, "default") == "default" for key in ("rope_type", "type")),
+    need({rope.get("rope_type"), rope.get("type")} <= {None, "default"},
          f"{path}: rotary positions are scaled, by {rope}: expected plain ones.")
     raw = {key: value for key, value in (raw | rope).items() if value is not None}
     for key, value in HF_FIXED[kind].items():
