@@ -10,7 +10,7 @@ al. 2024, "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for 
     python choobaca.py eval-blimp                             score the newest run
     python choobaca.py compare RUN RUN                        is the second one better, or lucky?
 
-Part one is the lesson, from plain versions to fast ones, which tests hold equal up to rounding.
+Part one is the lesson: plain versions, then fast ones, which tests hold equal up to rounding.
 
     1 the idea   2 text to batches   3 LLaMA   4 divergences   5 the fused loss
     6 schedules and one step   7 minimal pairs
@@ -28,7 +28,7 @@ BabyLlama, whose code it builds on, the place is marked with its number in this 
     (1) every line of text begins with <s>, and its first word with a space: scoring asks for both
     (2) all 256 bytes are in the vocabulary from the start, so no text is ever dropped
     (3) the divergence is a mean over tokens; BabyLlama's "batchmean" weighs it T times as much
-    (4) the student's logits, mixed into the teacher's (Eq. 2), get no gradient; also a setting
+    (4) the student's logits get no gradient from where they are mixed into the teacher's (Eq. 2)
     (5) the learning rate follows one cosine to the end, after a warmup
 """
 import sys
@@ -37,7 +37,6 @@ if sys.version_info < (3, 11):
     sys.exit("choobaca.py needs Python 3.11 or newer.")
 
 import contextlib
-import csv
 import dataclasses
 import datetime
 import functools
@@ -46,7 +45,6 @@ import itertools
 import json
 import math
 import os
-import platform
 import re
 import signal
 import time
@@ -110,8 +108,8 @@ def setting(default, help, choices=(), low=0, high=2**31 - 1, path=False):
 def plain_loss(z, w, targets, tau, alpha):
     """Return the loss that is the whole lesson, summed over N tokens (the paper's Eq. 9).
 
-    z, w (N, V) are the student's and the teacher's logits, targets (N,) the tokens that came. Be
-    right about the token that came, and give every token the probability that the teacher gives it.
+    z, w (N, V) are the student's and the teacher's logits, targets (N,) the tokens that came. It
+    asks for the token that came, and for every token's probability by the teacher.
 
     It is also what we cannot afford: z, w, log_q, log_p, their exps, products and gradients are
     (N, V) each. FusedLoss in section 5 is this function without them."""
@@ -129,7 +127,8 @@ def distil_in_short(student, teacher, batches, tau=2.0, alpha=0.5, lr=4e-3):
         z = student.hidden(inputs) @ student.head.T             # (B, T, V), the student's logits
         with torch.no_grad():
             w = teacher.hidden(inputs) @ teacher.head.T         # (B, T, V), the teacher's
-        loss = plain_loss(z.flatten(0, 1), w.flatten(0, 1), targets.flatten(), tau, alpha)
+        loss = plain_loss(z.flatten(0, 1), w.flatten(0, 1),
+                          targets.flatten(), tau, alpha)
         optimizer.zero_grad()
         (loss / targets.numel()).backward()
         optimizer.step()
@@ -149,13 +148,13 @@ class Vocabulary(NamedTuple):
 
     @property
     def size(self):
-        """V: one more than the last id that a text can have. Other special tokens are no text."""
+        """V: one more than the last id of the model's own table, of added words, and the prefix."""
         ids = [*self.tokenizer.get_vocab(with_added_tokens=False).values(), self.prefix_id]
         added = self.tokenizer.get_added_tokens_decoder()
         return max(ids + [i for i, token in added.items() if not token.special]) + 1
 
 def train_tokenizer(lines, vocab_size):
-    """Learn a byte-level BPE, as BabyLlama's: merge the commonest neighbours until there are V."""
+    """Learn a byte-level BPE, as BabyLlama's: merge the commonest neighbours up to V tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFKC()                   # one spelling for each character
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -208,7 +207,7 @@ def count_rows(tokens, settings):
 @functools.lru_cache
 def row_starts(rows, settings, epoch):
     """Return where the rows of an epoch start in the text, in the order of training: (rows,)."""
-    draw = np.random.default_rng([settings.seed, epoch])                # no generator is kept
+    draw = np.random.default_rng([settings.seed, epoch])                # from these two alone
     starts = draw.permutation(rows) * settings.context
     return starts + draw.integers(0, settings.context, rows) * settings.random_offset
 
@@ -222,7 +221,7 @@ def windows(ids, starts, T):
 def batch_at(step, ids, settings):
     """Return inputs and targets of a step, (B, T) each: a pure function of seed and step."""
     B = settings.batch_size
-    rows = count_rows(len(ids), settings)               # an epoch is a permutation of the rows
+    rows = count_rows(len(ids), settings)               # an epoch is a permutation of them
     epoch, i = divmod(step, rows // B)                  # what does not fill a batch is left out
     starts = row_starts(rows, settings, epoch)[i * B:(i + 1) * B]
     return windows(ids, starts, settings.context)
@@ -293,8 +292,8 @@ class LlamaAttention(nn.Module):
         q = rotate(split_heads(self.q_proj(x), self.heads), cos, sin)               # what t asks
         k = rotate(split_heads(self.k_proj(x), self.kv_heads), cos, sin)            # what it offers
         k, v = extend_cache(past, k, split_heads(self.v_proj(x), self.kv_heads))
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal,     # GQA: neighbouring
-                                           enable_gqa=self.kv_heads != self.heads)  # queries share
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal,     # GQA: query heads
+                                           enable_gqa=self.kv_heads != self.heads)  # share keys
         return self.o_proj(y.transpose(1, 2).flatten(2))                            # (B, T, C)
 
 class LlamaMLP(nn.Module):
@@ -361,7 +360,7 @@ class Llama(nn.Module):
 
 # 4. Divergences --------------------------------------------------------------
 #
-# student's and teacher's logits / tau (n, V); q and k are no longer queries and keys
+# student's and teacher's logits / tau (n, V); q, k, v are no longer attention's
 #   ->  the divergence of each row (n, 1), and its gradient with respect to the student's (n, V)
 #
 #     z, w   logits of student and teacher          q, p   softmax(u) and softmax(v)
@@ -377,7 +376,7 @@ class Llama(nn.Module):
 #     reverse KL   f = sum q (log q - log p)   k = r + 1    gradient q (r - KL)
 #     forward KL   f = sum p (log p - log q)   k = -p / q   gradient q - p, since sum q k = -1
 #
-# An example with four tokens. The student ignores "cat" and overrates "of":
+# A step goes against the gradient. Four tokens; the student ignores "cat" and overrates "of":
 #
 #                                     dog     cat     car      of
 #     teacher p                      .500    .400    .090    .010
@@ -386,8 +385,8 @@ class Llama(nn.Module):
 #     forward KL 1.368, q - p        .380   -.390   -.080    .090    first of all: raise "cat"
 #     reverse KL  .669, q (r - KL)  -.091   -.044   -.029    .163    first of all: lower "of"
 #
-# A step goes against the gradient. Forward KL repairs what the student misses, reverse KL what it
-# invents ("dog", with r below the KL, even rises): mode-covering and mode-seeking, in numbers.
+# Forward KL repairs what the student misses, reverse KL what it invents. ("dog" is too likely, but
+# its r is below the KL, so it even rises.) Mode-covering and mode-seeking, in numbers.
 
 def kl(log_a, log_b):
     """KL(a || b) = sum a log(a / b) of each row: (n, V), (n, V) -> (n,)"""
@@ -457,7 +456,7 @@ DIVERGENCES = {
     "rkl": (lambda q, p, targets, _: kl(q, p), None),
     "fkl+rkl": (both_ways, "fkl_weight"),
     "akl": (adaptive, "mu"),
-    "akl-r": (lambda q, p, targets, mu: adaptive(q, p, targets, mu, True), "mu"),
+    "akl-r": (functools.partial(adaptive, swapped=True), "mu"),
     "skl": (lambda q, p, targets, skew: kl(p, mixture(p, q, skew)), "skew"),    # Ko et al. 2024
     "srkl": (lambda q, p, targets, skew: kl(q, mixture(q, p, skew)), "skew"),
     "jsd": (jensen_shannon, "jsd_beta"),
@@ -480,7 +479,7 @@ def by_autograd(definition, u, v, targets, constant, beta=1.0, differentiated=Fa
     return value.detach()[:, None], gradient
 
 # Now the fast way: four divergences with their gradients written out, in fp32 and in place. They
-# take a third of by_autograd's time, and a test checks them against it.
+# take at most a third of by_autograd's time, and a test checks them against it.
 
 def to_probabilities(u, v, q, r):
     """Fill q and r, and overwrite v with p: all (n, V). Return q, p, r. u's rows have 0 as maximum.
@@ -648,14 +647,14 @@ class FusedLoss(torch.autograd.Function):
     and the largest array of logits has 12, 6 and 3 numbers."""
 
     @staticmethod
-    def forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, settings, beta, chunk):
+    def forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, settings, beta):
         """Return sums over the N tokens: the loss, and (2,) cross-entropy and tau^2 divergence.
         The teacher may be None where there is no divergence. A target below 0 is ignored. Matmuls
         are in hidden's dtype, or autocast's; all else is in fp32 or better."""
         N, V, kind = len(hidden), len(head), hidden.device.type
         exact = torch.promote_types(hidden.dtype, torch.float32)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        chunks = math.ceil(N / chunk) or 1
+        chunks = math.ceil(N / settings.chunk) or 1
         n = math.ceil(N / chunks) or 1                          # equal chunks, the last shorter
         distilled = settings.objective in DIVERGENCES
         width = V if settings.objective in CLOSED_FORMS or not distilled else 2 * V     # float64
@@ -702,15 +701,12 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss, _):
-        """Multiply the gradients by d_loss, the caller's 1 / tokens (and fp16's scale). Before the
-        matmuls, 1 / tokens would round fp16 gradients to 0."""
+        """Multiply the gradients by d_loss, the caller's 1 / tokens (and fp16's scale). Applied
+        before the matmuls, 1 / tokens would round fp16 gradients to 0."""
         assert not getattr(ctx, "spent", False), "the first backward pass has used the gradients up"
         ctx.spent = True
-        d_hidden, d_head = ctx.saved_tensors
-        for gradient in ctx.saved_tensors:
-            if gradient is not None:
-                gradient.mul_(d_loss)
-        return d_hidden, d_head, None, None, None, None, None, None
+        gradients = [None if each is None else each.mul_(d_loss) for each in ctx.saved_tensors]
+        return *gradients, None, None, None, None, None
 
 class Coach:
     """One or more teachers as one: BabyLlama averages logits, a geometric mean of probabilities.
@@ -745,8 +741,7 @@ def lr_at(step, steps, settings):
 
 def beta_at(epoch, epochs, settings):
     """Return the teacher's share of the mixed logits in an epoch, counted from 0 (Eq. 3)."""
-    done = (epoch + settings.progressive_from) / epochs     # from 0, or from 1 as appendix A.8 says
-    lowered = max(min(0.1, settings.beta), settings.beta * (1 - done))                 # floor: 0.1
+    lowered = max(min(0.1, settings.beta), settings.beta * (1 - epoch / epochs))     # floor: 0.1
     return lowered if settings.progressive else settings.beta
 
 def make_optimizer(model, settings):
@@ -778,7 +773,7 @@ def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype=t
             hidden = model(ids).flatten(0, 1)                                       # (N, C)
             loss, parts = FusedLoss.apply(
                 hidden, model.head, target.flatten(), coached, coach.head if coach else None,
-                settings, beta, settings.chunk)
+                settings, beta)
         scaler.scale(loss / tokens).backward()
         losses += torch.cat([loss.detach().double()[None], parts]) / tokens
     # the sum over processes: one flat all-reduce of the gradients
@@ -831,12 +826,12 @@ def encode_pairs(vocabulary, pairs, positions, rule="2024"):
     lines = {}
     for (text, place), (line, start) in zip(places.items(), encoded):
         ids, known = line.ids, len(start.ids)
-        if not text[0]:                             # nothing is given but the prefix token
+        if not text[0]:             # nothing is given but the prefix token, or 2026's first one
             ids, known = [vocabulary.prefix_id] * (rule == "2024") + ids, 1
         need(0 < known < len(ids), f"{place}: nothing is left of a text when it is encoded: "
              "expected at least one token to score, and one before it.")
         need(len(ids) - 1 <= positions, f"{place}: a text has {len(ids) - 1} tokens: expected at "
-             f"most the model's {positions} positions (--positions, --pairs none, or other pairs).")
+             f"most the model's {positions} positions (in training: --positions, or --pairs none).")
         lines[text] = ids, known
     return lines
 
@@ -930,9 +925,10 @@ def score_tries(model, tries):
     tree = Tree(depth.to(device), sees[:, None].to(device))
     hidden = model.hidden(ids.to(device), tree=tree).flatten(0, 1)                      # (B * T, C)
     # Ask for the edges of all tries, in the order of their nodes.
-    rows = [row * T + node for row, trie in enumerate(tries) for node, _ in trie.edges]
+    rows = [b * T + i for b, trie in enumerate(tries)
+            for i, _ in trie.edges]
     targets = torch.tensor([target for trie in tries for _, target in trie.edges])
-    rows, order = torch.tensor(rows).sort(stable=True)
+    rows, order = torch.tensor(rows).sort()
     rows = rows.to(device)
     targets = targets[order].to(device)
     found = token_log_probabilities(hidden, model.head, rows, targets, chunk=256)
@@ -969,11 +965,13 @@ def reading(path):
     """Turn whatever a damaged file raises inside into one sentence that names the file."""
     try:
         yield
-    except (OSError, MemoryError, click.ClickException):
+    except (MemoryError, click.ClickException):
         raise
     except Exception as error:                      # a damaged file fails in a hundred ways
+        if getattr(error, "filename", None):
+            raise                                   # it cannot be opened at all
         reason = " ".join(str(error).split())[:200]
-        raise click.ClickException(f"{path} is damaged: {reason}.")
+        raise click.ClickException(f"{path} is damaged: {reason or 'it ends too early'}.")
 
 @contextlib.contextmanager
 def written_whole(path):
@@ -990,7 +988,6 @@ def written_whole(path):
         partial.unlink(missing_ok=True)
 
 def write_json(path, value):
-    """Write a value as JSON."""
     with written_whole(path) as file:
         file.write((json.dumps(value, indent=2) + "\n").encode())
 
@@ -1009,12 +1006,10 @@ def digest(*contents):
     return total.hexdigest()
 
 def file_digest(path, kind="sha256"):
-    """Return the hash of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, kind).hexdigest()
 
 def weights_digests(folder):
-    """Return the hashes of a model's weights files."""
     return [file_digest(path) for path in sorted(folder.glob("*.safetensors"))]
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -1064,7 +1059,6 @@ class Settings:
     alpha: float = setting(0.5, "Weight of cross-entropy; the rest is divergence (Eq. 9).", high=1)
     beta: float = setting(1.0, "Teacher's share of the mixed logits (Eq. 2); 1: no mixing.", high=1)
     progressive: bool = setting(False, "Lower beta from epoch to epoch (Eq. 3).")
-    progressive_from: int = setting(0, "Number of the first epoch in Eq. 3: 0 or 1.", high=1)
     mixing: str = setting("constant", "The student's part of the mixed logits in the gradient.",
                           ("constant", "differentiated"))
     reduction: str = setting("token", "The divergence's mean: by token, or BabyLlama's, by row.",
@@ -1074,10 +1068,10 @@ class Settings:
     skew: float = setting(0.1, "Share of p (skl) or q (srkl) mixed in.", low=1e-3, high=0.999)
     jsd_beta: float = setting(0.5, "Share of the teacher in jsd's mixture.", low=1e-3, high=0.999)
     gamma: float = setting(0.5, "Weight of the rest in drkl.", low=1e-3, high=1e3)
-    # how a run is carried out; but for the teachers, it changes the rounding alone
+    # how a run is carried out, which changes little but the rounding
     teachers: int = setting(0, "How many of the config's teachers to learn from.", high=2)
     device: str = setting("auto", "Where to compute.", ("auto", "cpu", "cuda"))
-    threads: int = setting(0, "Processor threads; 0: one for a small model, else torch's choice.")
+    threads: int = setting(0, "Processor threads; 0: one if small, else torch's choice.", high=1024)
     precision: str = setting("auto", "Of a step's matmuls; auto: fp32, and on a GPU bf16 or fp16.",
                              ("auto", *PRECISIONS))
     teacher_precision: str = setting("auto", "As --precision, for teachers.", ("auto", *PRECISIONS))
@@ -1105,8 +1099,8 @@ class Settings:
              f"--context {self.context} is longer than what the model takes, {self.positions}.")
         need(self.objective == "ce" or self.teachers,
              f"--objective {self.objective} needs a teacher: add --teachers 1.")
-        need(re.fullmatch(r"babylm|([1-9]\d*[kM]?(,(?=.)|$))*", self.checkpoints), "--checkpoints "
-             f"{self.checkpoints!r}: expected babylm, or counts of words such as 500k,1M.")
+        need(re.fullmatch(r"babylm|([1-9]\d{0,11}[kM]?(,(?=.)|$))*", self.checkpoints),
+             f"--checkpoints {self.checkpoints!r}: expected babylm, or counts such as 500k,1M.")
 
 KNOWN = {field.name: field for field in fields(Settings)}
 PATHS = {name for name, field in KNOWN.items() if field.metadata["path"]}
@@ -1218,8 +1212,8 @@ def read_corpus(settings, cache):
     need(train, f"{settings.text} holds no *.train and no *.txt: expected text.")
     need(dev or not settings.dev, f"{settings.dev} holds no *.dev and no dev.txt: expected text.")
 
-    held_out = dev if settings.keep == "best" else []       # then it decides what is learnt, too
-    text = digest("\n".join(train + held_out).encode())
+    texts = [train, dev] if settings.keep == "best" else [train]    # what decides what is learnt
+    text = digest(*("\n".join(lines).encode() for lines in texts))
     folder = Path(settings.tokenizer)
     if not settings.tokenizer:
         source = digest(text.encode(), str(settings.vocab_size).encode())
@@ -1257,13 +1251,15 @@ class GPT2Block(nn.Module):
         self.dropout = config.dropout
         self.ln_1 = nn.LayerNorm(C, config.norm_eps)
         self.ln_2 = nn.LayerNorm(C, config.norm_eps)
-        self.attn = nn.ModuleDict({"c_attn": Conv1D(C, 3 * C), "c_proj": Conv1D(C, C)})
-        I = config.inner
-        self.mlp = nn.ModuleDict({"c_fc": Conv1D(C, I), "c_proj": Conv1D(I, C)})
+        self.attn = nn.ModuleDict({"c_attn": Conv1D(C, 3 * C),
+                                   "c_proj": Conv1D(C, C)})
+        self.mlp = nn.ModuleDict({"c_fc": Conv1D(C, config.inner),
+                                  "c_proj": Conv1D(config.inner, C)})
 
     def forward(self, x, past, mask):
         causal = not past and mask is None
-        q, k, v = self.attn["c_attn"](self.ln_1(x)).chunk(3, dim=-1)
+        qkv = self.attn["c_attn"](self.ln_1(x))                                     # (B, T, 3 C)
+        q, k, v = qkv.chunk(3, dim=-1)
         k, v = extend_cache(past, split_heads(k, self.heads), split_heads(v, self.heads))
         y = F.scaled_dot_product_attention(split_heads(q, self.heads), k, v, mask, is_causal=causal,
                                            dropout_p=self.dropout if self.training else 0.0)
@@ -1344,7 +1340,8 @@ def to_hf_config(config, vocabulary):
     """Return what config.json says of a model."""
     kind = config.model_type
     config = replace(config, kv_heads=config.kv_heads or config.heads)
-    sizes = {key: getattr(config, name) for name, (key, _) in HF_KEYS[kind].items()}
+    sizes = {key: getattr(config, name)
+             for name, (key, _) in HF_KEYS[kind].items()}
     if kind == "gpt2":
         sizes |= {"attn_pdrop": config.dropout, "embd_pdrop": config.dropout}
     # A text ends where the next one begins, and so does what transformers generates.
@@ -1369,7 +1366,7 @@ def from_hf_config(path):
     with reading(path):
         for key in ("rope_parameters", "rope_scaling"):
             rope |= raw.get(key) or {}
-    need({rope.get("rope_type"), rope.get("type")} <= {None, "default"},
+    need(all(rope.get(key) in (None, "default") for key in ("rope_type", "type")),
          f"{path}: rotary positions are scaled, by {rope}: expected plain ones.")
     raw = {key: value for key, value in (raw | rope).items() if value is not None}
     for key, value in HF_FIXED[kind].items():
@@ -1512,15 +1509,14 @@ def held_out_loss(model, ids, settings):
         batch = windows(ids, starts[i:i + settings.batch_size], T)
         inputs, targets = (rows.to(model.head.device) for rows in batch)
         hidden = model.hidden(inputs).flatten(0, 1)
-        _, parts = FusedLoss.apply(hidden, model.head, targets.flatten(), None, None, plain, 1.0,
-                                   settings.chunk)
+        _, parts = FusedLoss.apply(hidden, model.head, targets.flatten(), None, None, plain, 1.0)
         total += parts[0].item()
     model.train(was_training)
     return total / (len(starts) * T) if len(starts) else None
 
 @dataclass
 class Run:
-    """A model of this session: one to train by its settings, or a given one, of that shape."""
+    """A model of this command: one to train by its settings, or a given one of such a shape."""
     name: str
     out: Path
     settings: Settings
@@ -1542,8 +1538,8 @@ def describe_run(run, corpus, device):
             "words": corpus.words, "checkpoints": checkpoint_steps(corpus, run.settings),
             "machine": {"device": device, "processes": rank_and_size()[1],
                         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
-                        "threads": torch.get_num_threads(), "torch": torch.__version__,
-                        "python": platform.python_version()}}
+                        "threads": torch.get_num_threads(),
+                        "torch": torch.__version__, "python": sys.version}}
 
 RECIPE = settings_between("vocab_size", "gamma")        # the settings that decide what is learnt
 
@@ -1551,9 +1547,9 @@ def need_same(run, record, resumed):
     """Refuse a run that was begun with another recipe or data, or to resume, in another way."""
     path = run.out / "run.json"
     before = read_json(path)
-    checks = [("digests", ["text", "tokenizer", "weights"]), ("settings", RECIPE)]
+    checks = [("settings", RECIPE), ("digests", ["text", "tokenizer", "weights"])]
     if resumed:
-        checks += [("settings", settings_between("teachers", "sample")),
+        checks += [("settings", settings_between("teachers", "checkpoints")),
                    ("machine", ["device", "processes"])]
     for group, names in checks:
         for name in names:
@@ -1563,17 +1559,53 @@ def need_same(run, record, resumed):
             need(old == new, f"{name.replace('_', '-')} has changed since {run.out} was begun"
                  f"{known}: go back to that, or choose another --out.")
 
+def describe_loss(settings):
+    """Describe the loss as it is weighed in effect."""
+    if settings.objective not in DIVERGENCES:
+        return settings.objective
+    ce, weight = loss_weights(settings)
+    tau = settings.temperature
+    text = f"loss {ce:g} ce + {weight * tau**2:g} {settings.objective} at temperature {tau:g}"
+    if settings.beta < 1 or settings.progressive:
+        text += f", beta {settings.beta:g}{' falling' if settings.progressive else ''}"
+    return text
+
+def describe_plan(run, corpus):
+    """Describe what a run trains, and for how long."""
+    settings = run.settings
+    steps, per_epoch = count_steps(len(corpus.train), settings)
+    model = empty_model(settings, corpus.vocabulary.size)
+    tokens = settings.batch_size * settings.context
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    words = words_read(steps, corpus, settings)
+    limit = ""
+    if words > 1e8 and corpus.words < 1.1e7:
+        limit = ", of which BabyLM's strict-small track allows 100 million"
+    kept = ", ".join(checkpoint_steps(corpus, settings)) or "none: too few words"
+    return (f"{settings.model_type}, {parameters:,} parameters, {describe_loss(settings)}, "
+            f"{steps:,} steps of {tokens:,} tokens, {steps / per_epoch:.2g} epochs, about "
+            f"{words:,.0f} words{limit}{f', checkpoints {kept}' if settings.checkpoints else ''}")
+
+def write_card(run, corpus, found):
+    """Write a run's model card, as the Hugging Face hub shows it."""
+    settings = {name: value for name, value in asdict(run.settings).items()
+                if value != KNOWN[name].default and name not in PATHS}
+    teachers = ", ".join(teacher.out.resolve().name for teacher in run.teachers)
+    begun = Path(run.settings.init).resolve().name if run.settings.init else "scratch"
+    text = (f"---\nlibrary_name: transformers\n---\n# {run.out.resolve().name}\n\nA language model "
+            f"trained with ChooBaCa from {begun}: {describe_plan(run, corpus)}{found}.\n\n"
+            f"- Text: {Path(run.settings.text).name}, {corpus.words:,} words\n"
+            f"- Teachers: {teachers or 'none'}\n"
+            f"- Settings that are not the defaults: {json.dumps(settings)}\n")
+    with written_whole(run.out / "README.md") as file:
+        file.write(text.encode(errors="replace"))
+
 @contextlib.contextmanager
 def signals_kept():
     """Collect Ctrl-C and SIGTERM in a list, so that a run can stop after its step."""
     received = []
-
-    def keep(number, _):
-        received.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)        # a second Ctrl-C ends it
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, keep) for number in numbers}
+    before = {number: signal.signal(number, lambda number, _: received.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield received
     finally:
@@ -1619,11 +1651,12 @@ def begin_run(run, record, steps, log, resume, parts):
              f"{state} is damaged: it is of step {progress['step']} of {steps}.")
     if rank_and_size()[0] == 0:
         log.truncate(min(progress["logged"], log.tell()))
-        for path in run.out.glob(".choobaca-[0-9]*-*"):     # of a killed process
+        for path in run.out.rglob(".choobaca-[0-9]*-*"):    # of a killed process
             path.unlink()
     if rank_and_size()[0] == 0 and not progress["step"]:
-        for path in (state, *run.out.glob("model.safetensors"), *run.out.glob("chck_*/model.*")):
-            path.unlink(missing_ok=True)                    # of an earlier run
+        state.unlink(missing_ok=True)
+        for folder in [run.out, *run.out.glob("chck_*")]:   # of an earlier run
+            (folder / "model.safetensors").unlink(missing_ok=True)
         write_json(run.out / "run.json", record)
     return progress
 
@@ -1633,13 +1666,13 @@ def locked_log(folder):
     folder.mkdir(parents=True, exist_ok=True)
     rank = rank_and_size()[0]
     path = Path(os.devnull) if rank else folder / "log.jsonl"       # rank 0 writes
-    try:
-        with open(path, "a") as log:
+    with open(path, "a") as log:
+        try:
             if fcntl and not rank:
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield log
-    except BlockingIOError:
-        raise click.ClickException(f"{folder}: another process is training this run: wait.")
+        except BlockingIOError:
+            raise click.ClickException(f"{folder}: another process is training this run: wait.")
+        yield log
 
 def fit(run, corpus, device, log, resume=False):
     """Train a run: its folder gets a log line per step and, at the end, the weights.
@@ -1648,13 +1681,10 @@ def fit(run, corpus, device, log, resume=False):
     rank, size = rank_and_size()
     dtype = step_dtype(settings, device)
     steps, per_epoch = count_steps(len(corpus.train), settings)
-    tokens = settings.batch_size * settings.context
     V = corpus.vocabulary.size
-    model = new_model(settings, V, settings.seed)
-    if settings.init:
-        model = load_model(Path(settings.init), device)[0]
-        model.config = settings
-    model = model.to(device).train()
+    model = (load_model(Path(settings.init), device)[0] if settings.init
+             else new_model(settings, V, settings.seed).to(device)).train()
+    model.config = settings
     optimizer = make_optimizer(model, settings)
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
@@ -1667,11 +1697,11 @@ def fit(run, corpus, device, log, resume=False):
         for each in [model, *teachers]:
             each.compile()
     progress = begin_run(run, describe_run(run, corpus, device), steps, log, resume, parts)
-    first, spent = progress["step"], progress["seconds"]
+    first = progress["step"]
     bar = tqdm(total=steps, initial=first, desc=run.name, unit=" steps", disable=rank > 0)
-    started = time.perf_counter() - spent
+    started = time.perf_counter() - progress["seconds"]
     saved = time.monotonic()
-    look_every = settings.eval_every or math.ceil(steps / 10)
+    look_every = settings.eval_every or math.ceil(steps / 10)           # ten looks
     folders = checkpoint_steps(corpus, settings)
     with bar, signals_kept() as received:
         for step in range(first, steps):
@@ -1682,7 +1712,8 @@ def fit(run, corpus, device, log, resume=False):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             batch = batch_at(step, corpus.train, settings)
-            inputs, targets = (rows.tensor_split(size)[rank].to(device) for rows in batch)
+            inputs, targets = (rows.tensor_split(size)[rank].to(device)
+                               for rows in batch)
             seed = (settings.seed * 2**32 + step) * size + rank                         # dropout
             torch.manual_seed(seed % 2**63)
             row = train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype,
@@ -1694,15 +1725,13 @@ def fit(run, corpus, device, log, resume=False):
                  f"{loss:.4g} and a gradient of {norm:.4g}: begin again with a lower --lr, or a "
                  "sound teacher.")
             seconds = time.perf_counter() - started
-            speed = (step + 1 - first) * tokens / (seconds - spent)
             line = {"step": step + 1, "epoch": (step + 1) / per_epoch,
                     "words": round(words_read(step + 1, corpus, settings)),
                     "loss": loss, "ce": ce, "norm": norm, "lr": lr}
             line |= {"kl": kl, "beta": beta} if coach else {}
-            line |= {"seconds": seconds, "tokens_per_second": speed}
-            log.write(json.dumps(line) + "\n")
+            log.write(json.dumps(line | {"seconds": seconds}) + "\n")
             log.flush()
-            bar.set_postfix_str(f"loss {loss:.3g}, lr {lr:.2g}, {speed:,.0f} tokens/s", False)
+            bar.set_postfix_str(f"loss {loss:.3g}, lr {lr:.2g}", False)
             bar.update()
             # now and then the held-out loss, which changes nothing, and the folders asked for
             dev_loss = None
@@ -1728,6 +1757,7 @@ def fit(run, corpus, device, log, resume=False):
             if number:
                 break
         if rank == 0 and last:
+            write_card(run, corpus, "")                     # scores are not known yet
             save_model(run.out, parts.get("best", model), corpus.vocabulary)
             (run.out / "state.pt").unlink(missing_ok=True)
         number = stop_signal(received, device) or number        # all wait until rank 0 has written
@@ -1747,7 +1777,7 @@ def write_on(model, ids, ends, length, generator, temperature=1.0):
     cache = [[] for _ in range(model.config.layers)]        # no id goes through the model twice
     for _ in range(length):
         logits = model.hidden(ids, cache)[:, -1] @ model.head.T                         # (R, V)
-        need(logits.isfinite().all(), "its scores are not finite: was the learning rate too high?")
+        need(logits.isfinite().all(), "the model's logits are not finite: was --lr too high?")
         ids = logits.argmax(-1, True)
         if temperature:
             p = (logits / temperature).softmax(-1)
@@ -1788,8 +1818,8 @@ def read_pair(line, path, number, rule="2024"):
         "".join([*texts, paradigm, term]).encode()  # fails on what is no string, or half of one
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, click.ClickException):
         raise click.ClickException(                 # EWoK's text is not to be spread
-            f"{path}, line {number}: expected a JSON object with strings sentence_good and "
-            "sentence_bad, or Context1, Context2, Target1 and Target2, none of them empty.")
+            f"{path}, line {number}: expected strings sentence_good and sentence_bad, or Context1, "
+            "Context2, Target1 and Target2: keys of a JSON object, or names of columns.")
     term = term.replace("s-selection", "argument_structure")        # as BLiMP's paper counts them
     given = contexts[0] if contexts else ""
     if rule == "2026" and contexts:                 # one target after two contexts, all scored
@@ -1799,21 +1829,22 @@ def read_pair(line, path, number, rule="2024"):
     return Pair((given, space + good), (given, space + bad), paradigm, term, path, number)
 
 def pair_lines(path):
-    """Return the lines of a file of pairs, JSON; the rows of a table (.tsv, .csv) are made such."""
-    if path.suffix == ".jsonl":
-        return path.read_bytes().splitlines()
-    with reading(path):
-        text = path.read_bytes().decode("utf-8-sig").splitlines()
-        table = csv.DictReader(text, delimiter="\t" if path.suffix == ".tsv" else ",")
-        return ["", *map(json.dumps, table)]        # line 1 has the columns' names
+    """Return the lines of a file of pairs, JSON; the rows of a .tsv are made such."""
+    lines = path.read_bytes().splitlines()
+    if path.suffix == ".tsv":
+        with reading(path):
+            names, *rows = [line.decode("utf-8-sig").split("\t") for line in lines]
+            lines = ["", *(json.dumps(dict(zip(names, row, strict=True))) for row in rows)]
+    return lines
 
 def read_pairs(folder, sample=0, rule="2024"):
     """Read the pairs in a folder or a file, all or about `sample`, evenly spread."""
     paths = [folder] if folder.is_file() else sorted(folder.glob("[!.]*"))
-    paths = [path for path in paths if path.suffix in (".jsonl", ".tsv", ".csv") and path.is_file()]
+    paths = [path for path in paths if path.suffix in (".jsonl", ".tsv") and path.is_file()]
     pairs = [read_pair(line, path, number, rule) for path in paths
              for number, line in enumerate(pair_lines(path), 1) if line.strip()]
-    need(pairs, f"{folder} holds no minimal pairs, *.jsonl or *.tsv (see data/download.py).")
+    need(pairs, f"{folder} holds no minimal pairs, *.jsonl or *.tsv: see data/download.py; to "
+         "train without any: --pairs none.")
     return pairs[::max(1, round(len(pairs) / sample)) if sample else 1]
 
 def mean_row(rows):
@@ -1871,10 +1902,11 @@ def pairs_table(results, paradigms):
 
 def common_scores(folders, suite):
     """Return the name of the longest file of a suite's scores that is in all folders."""
-    names = [{path.name for path in folder.glob(f"{suite}-*.jsonl")} for folder in folders]
+    names = [{path.name for path in folder.glob("*.jsonl") if path.name.startswith(suite)}
+             for folder in folders]
     common = sorted(set.intersection(*names))
     need(common, f"{', '.join(map(str, folders))} have no scores of the same {suite} pairs: run "
-         f"eval-blimp --suite {suite} --model ... for each, with the same --data and --sample.")
+         "eval-blimp --model ... for each, with the same --suite, --data, --sample and --rule.")
     return max(common, key=lambda name: (folders[0] / name).stat().st_size)
 
 def read_scores(path):
@@ -1897,7 +1929,7 @@ def confidence_interval(differences):
     sample = means if len(means) > 2 else np.concatenate(differences)
     n = len(sample)
     error = sample.std(ddof=1) / math.sqrt(n) if n > 1 else 1.0
-    # The 97.5 % quantile of Student's t: sqrt(df) tan(angle) has it if angle has cos^(df - 1).
+    # Student's t has the 97.5 % quantile sqrt(df) tan(angle), of an angle of density cos^(df - 1).
     df = max(1, n - 1)
     angle = np.linspace(0, math.pi / 2, 20_000)
     mass = np.cumsum(np.cos(angle) ** (df - 1))
@@ -1948,7 +1980,7 @@ def check_keys(table, allowed, source, folder):
     """Return the settings in a table, checked; paths are taken from the file's folder."""
     values = {}
     for key, value in table.items():
-        need(key in allowed, f"{source}unknown key {key!r}: train --help lists the settings.")
+        need(key in allowed, f"{source}{key!r} is no key here: train --help lists the settings.")
         shown = key.replace("_", "-") if source == "--" else key
         values[key] = checked(KNOWN[key], value, source + shown)
         if key in PATHS and value not in ("", "none"):
@@ -1987,21 +2019,22 @@ def read_settings(config, flags, teachers):
              "expected one folder or two different ones, and --teachers to be their number.")
         values["teachers"] = count
         values["tokenizer"] = values.get("tokenizer") or str(teachers[0])
+    shape = {}
     if values.get("init"):
         folder = Path(values["init"])
-        shape, V = from_hf_config(folder / "config.json")
-        values |= {name: getattr(shape, name) for name in settings_between("model_type", "dropout")}
-        values["tokenizer"] = str(folder)
-        need(load_vocabulary(folder).size == V, f"--init: {folder} has logits without tokens: "
-             "expected as many tokens as config.json's vocab_size.")
-    settings = Settings(**values)
+        given, V = from_hf_config(folder / "config.json")
+        shape = {name: getattr(given, name) for name in settings_between("model_type", "dropout")}
+        values["tokenizer"] = str(folder)                   # whose ids the weights know
+        need(load_vocabulary(folder).size == V, f"--init: {folder} has {V:,} logits, which is "
+             "more than a text can have tokens: expected as many.")
+    settings = Settings(**values | shape)
     need(teachers or settings.teachers <= len(tables), f"--teachers {settings.teachers}: {config} "
          f"has {len(tables)} of [[teacher]]: add one, or name a folder with --teacher.")
     # a teacher is as the student, but for its own table and for how the student learns
     plain = {name: KNOWN[name].default for name in settings_between("objective", "gamma")}
     tables = [] if teachers else tables[:settings.teachers]
     plain |= {"teachers": 0, "init": "", "checkpoints": ""}
-    return settings, [replace(settings, **plain, **table) for table in tables]
+    return settings, [Settings(**values | plain | table) for table in tables]
 
 def plan_runs(out, folders, settings, described, corpus, device):
     """Return a command's runs: the teachers, in these folders or as described, and the student."""
@@ -2029,6 +2062,9 @@ def plan_runs(out, folders, settings, described, corpus, device):
     runs.append(Run("student" if runs else "model", out, settings, tuple(runs)))
     need(len({run.out.resolve() for run in runs}) == len(runs), "two models would be in one "
          "folder: expected teachers of different settings, and --out to be neither.")
+    for path in [*folders, Path(settings.init or "/")]:
+        need(out.resolve() not in [path.resolve(), *path.resolve().parents],
+             f"{path} would be in --out, which is written anew: choose another.")
     size = rank_and_size()[1]
     for run in runs:
         need(settings.context <= run.settings.positions, f"{run.name}: --context "
@@ -2040,56 +2076,16 @@ def plan_runs(out, folders, settings, described, corpus, device):
              f"--batch-size {rows} evenly: take another number of either.")
     return runs
 
-def describe_loss(settings):
-    """Describe the loss as it is weighed in effect."""
-    if settings.objective not in DIVERGENCES:
-        return settings.objective
-    ce, weight = loss_weights(settings)
-    tau = settings.temperature
-    text = f"loss {ce:g} ce + {weight * tau**2:g} {settings.objective} at temperature {tau:g}"
-    if settings.beta < 1:
-        text += f", beta {settings.beta:g}{' falling' if settings.progressive else ''}"
-    return text
-
-def describe_plan(run, corpus):
-    """Describe what a run trains, and for how long."""
-    settings = run.settings
-    steps, per_epoch = count_steps(len(corpus.train), settings)
-    model = empty_model(settings, corpus.vocabulary.size)
-    tokens = settings.batch_size * settings.context
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    words = words_read(steps, corpus, settings)
-    limit = ""
-    if words > 1e8 and corpus.words < 1.1e7:
-        limit = ", of which BabyLM's strict-small track allows 100 million"
-    return (f"{settings.model_type}, {parameters:,} parameters, {describe_loss(settings)}, "
-            f"{steps:,} steps of {tokens:,} tokens, {steps / per_epoch:.2g} epochs, about "
-            f"{words:,.0f} words{limit}")
-
 def idle_flags(settings, flags):
     """Return the flags that have no effect on this run."""
     constant = DIVERGENCES.get(settings.objective, (None, None))[1]
     idle = settings_between("temperature" if settings.objective == "ce" else "fkl_weight", "gamma")
-    idle += ["kv_heads", "rope_theta"] if settings.model_type == "gpt2" else ["dropout"]
     idle += ["vocab_size"] if settings.tokenizer else []
     idle += ["epochs"] if settings.steps else []
     idle += ["mixing"] if settings.beta == 1 and not settings.progressive else []
     idle += ["tokenizer", *settings_between("model_type", "dropout")] if settings.init else []
     return ["--" + name.replace("_", "-") for name in idle
             if name != constant and flags[name] is not None]
-
-def write_card(run, corpus, found):
-    """Write a run's model card, as the Hugging Face hub shows it."""
-    settings = {name: value for name, value in asdict(run.settings).items()
-                if value != KNOWN[name].default and name not in PATHS}
-    teachers = ", ".join(teacher.out.resolve().name for teacher in run.teachers)
-    text = (f"---\nlibrary_name: transformers\n---\n# {run.out.resolve().name}\n\nA language model "
-            f"trained with ChooBaCa from {Path(run.settings.init).name or 'scratch'}: "
-            f"{describe_plan(run, corpus)}{found}.\n\n- Text: {Path(run.settings.text).name}, "
-            f"{corpus.words:,} words\n- Teachers: {teachers or 'none'}\n"
-            f"- Settings that are not the defaults: {json.dumps(settings)}\n")
-    with written_whole(run.out / "README.md") as file:
-        file.write(text.encode(errors="replace"))
 
 def print_results(runs, trained, corpus, pairs, device):
     """Print what the models have learnt, side by side, and where they are."""
@@ -2118,7 +2114,7 @@ def choose_device(name):
     torch.set_flush_denormal(True)              # numbers under 1e-38 are a hundred times slower
     # On AMD, oneDNN is twice as fast as MKL. torch wants bf16 allowed for it: check it is not used.
     cpu = Path("/proc/cpuinfo")
-    if "AuthenticAMD" in (cpu.read_text() if cpu.exists() else platform.processor()):
+    if cpu.exists() and "AuthenticAMD" in cpu.read_text():
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
         a, b = torch.rand(2, 512, 512)
         exact = a.double() @ b.double()
@@ -2186,13 +2182,14 @@ def join_processes(device):
               "Hugging Face LLaMA or GPT-2, in place of the config's; twice for two.")
 @click.option("--resume", is_flag=True, help="Go on with interrupted runs from their checkpoints.")
 @click.option("--overwrite", is_flag=True, help="Replace a run; the old one is gone at once.")
-@click.option("--dry-run", is_flag=True, help="Only say what would be trained.")
+@click.option("--dry-run", is_flag=True, help="Train a tokenizer at most; say what would follow.")
 @settings_flags
 def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
     """Train a model, alone or from teachers, which are trained first if they are not there yet.
 
     A flag counts, else the config's key, else the default shown here.
     Example: python choobaca.py train --objective rkl --teachers 1"""
+    resume = resume and not overwrite           # to replace a run is to begin it again
     settings, described = read_settings(config, flags, folders)
     device = choose_device(settings.device)
     threads = 1 if settings.width < 128 else torch.get_num_threads()    # see data/results.md
@@ -2219,7 +2216,7 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
     plan = [f"text      {settings.text}: {corpus.words:,} words, {len(corpus.train):,} tokens, "
             f"{len(corpus.dev):,} held out, vocabulary {corpus.vocabulary.size:,}",
             f"pairs     {len(pairs):,} from {folder}" if pairs else "pairs     none: see --pairs"]
-    encode_pairs(corpus.vocabulary, pairs, min(run.settings.positions for run in runs))
+    encode_pairs(corpus.vocabulary, pairs, min(run.settings.positions for run in runs))  # a check
     for run in runs:
         interrupted = run in todo and (run.out / "state.pt").exists()
         need(resume or overwrite or dry_run or not interrupted, f"{run.out} holds an interrupted "
@@ -2245,7 +2242,7 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
               "EWoK's, or *.tsv.  [default: in data/]")
 @click.option("--suite", type=click.Choice(SUITES), default="blimp", help="Which pairs.")
 @click.option("--rule", type=click.Choice(("2024", "2026")), default="2024",
-              help="Of which year's BabyLM pipeline; its README names the difference.")
+              help="Of BabyLM's pipeline of 2024 or 2026 (see README, Minimal pairs).")
 @click.option("--sample", type=click.IntRange(0), default=0,
               help="Score about this many pairs, evenly spread; 0: all.")
 @device_option
@@ -2265,7 +2262,7 @@ def eval_blimp_command(folder, data, suite, rule, sample, device, as_json):
     scores = score_pairs(model, vocabulary, pairs, f"scoring {folder}", rule)
     result = summarise(pairs, scores)
     found = {"model": str(folder), "data": str(data).removeprefix(f"{HOME}/"), **result}
-    table = f"{folder} on {found['data']}\n\n{pairs_table({'accuracy': result}, True)}"
+    table = f"{folder} on {found['data']}, rule {rule}\n\n{pairs_table({'accuracy': result}, True)}"
     click.echo(json.dumps(found, indent=2) if as_json else table)
     keep_scores(folder, suite if rule == "2024" else f"{rule}-{suite}", pairs, scores)
 
@@ -2286,7 +2283,7 @@ def compare_command(first, others, suite, as_json):
              "one of them is damaged: score the models again with eval-blimp.")
         rows = compare_scores(names, base, right)
         found.append({"first": str(first), "other": str(folder), "scores": name, "rows": rows})
-        lines = [f"{folder} against {first}\n\n{'accuracy':<27} {'n':>6}  first  other  "
+        lines = [f"{folder} against {first}, by {name}\n\n{'accuracy':<27} {'n':>6}  first  other  "
                  "difference, 95 % interval     verdict"]
         lines += ["{phenomenon:<27} {n:>6,} {first:6.1%} {other:6.1%} {difference:+7.2%} "
                   "({low:+8.2%} to {high:+8.2%})  {verdict}".format(**row) for row in rows]
@@ -2315,16 +2312,19 @@ def sample_command(run, prompt, tokens, temperature, count, seed, out, device):
     need(temperature == 0 or temperature >= 1e-3, "--temperature: expected 0, or 0.001 and more.")
     model, vocabulary = load_model(run, choose_device(device))
     tokenizer = vocabulary.tokenizer
-    start = [vocabulary.prefix_id]
+    eos = np.ravel(read_json(run / "config.json").get("eos_token_id"))      # some have a list
+    newline = tokenizer.encode("\n", add_special_tokens=False).ids[-1:]
+    bare = bool(newline) and newline[0] in eos      # its text had no prefix, but line breaks
+    start = newline if bare else [vocabulary.prefix_id]
     if prompt:
-        prompt = " " + prompt.encode(errors="replace").decode()
-        start += tokenizer.encode(prompt, add_special_tokens=False).ids
+        prompt = prompt.encode(errors="replace").decode()
+        ids = encode(vocabulary, [prompt], "none" if bare else "line")
+        start = np.roll(ids, bare).tolist()         # a line break at its end goes to its front
     room = model.config.positions - len(start) + 1      # the last token drawn needs no position
     need(room > 0, f"--prompt has {len(start):,} tokens with the prefix: expected at most the "
          f"model's {model.config.positions:,} positions.")
     # a line ends before the next prefix token, at a line break, or at the model's eos
-    eos = np.ravel(read_json(run / "config.json").get("eos_token_id"))      # some have a list
-    ends = tokenizer.encode("\n", add_special_tokens=False).ids[-1:] + [vocabulary.prefix_id]
+    ends = [*newline, vocabulary.prefix_id]
     ends += [i for i in eos if i in range(len(model.head))]
 
     rows = 256 if out else count

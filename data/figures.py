@@ -49,7 +49,7 @@ CURVES = {                  # the numbers of a log that the report draws
     "lr": "Learning rate",
     "beta": "Beta, the teachers' share of the mixed logits"}
 LAST = {                    # the numbers of its last lines that the report's table shows
-    "loss": ",.3f", "ce": ",.3f", "kl": ",.3f", "dev_loss": ",.3f", "tokens_per_second": ",.0f"}
+    "loss": ",.3f", "ce": ",.3f", "kl": ",.3f", "dev_loss": ",.3f", "seconds": ",.0f"}
 COLUMNS = ["run", "parameters", "objective", "teachers", "steps", *LAST]
 COLUMNS += [f"{suite}, %" for suite in c.SUITES]
 
@@ -217,7 +217,7 @@ def read_run(folder: Path) -> tuple[dict[str, str], list[dict]]:
     if not (folder / "model.safetensors").exists():
         cells["steps"] += ", unfinished"
     for key, form in LAST.items():
-        lines = 1 if key == "dev_loss" else 20
+        lines = 1 if key in ("dev_loss", "seconds") else 20
         values = [value for _, value in curve(log, key)[-lines:]]
         if values:
             cells[key] = format(np.mean(values), form)
