@@ -127,8 +127,7 @@ def distil_in_short(student, teacher, batches, tau=2.0, alpha=0.5, lr=4e-3):
         z = student.hidden(inputs) @ student.head.T             # (B, T, V), the student's logits
         with torch.no_grad():
             w = teacher.hidden(inputs) @ teacher.head.T         # (B, T, V), the teacher's
-        loss = plain_loss(z.flatten(0, 1), w.flatten(0, 1),
-                          targets.flatten(), tau, alpha)
+        loss = plain_loss(z.flatten(0, 1), w.flatten(0, 1), targets.flatten(), tau, alpha)
         optimizer.zero_grad()
         (loss / targets.numel()).backward()
         optimizer.step()
@@ -827,7 +826,8 @@ def encode_pairs(vocabulary, pairs, positions, rule="2024"):
     for (text, place), (line, start) in zip(places.items(), encoded):
         ids, known = line.ids, len(start.ids)
         if not text[0]:             # nothing is given but the prefix token, or 2026's first one
-            ids, known = [vocabulary.prefix_id] * (rule == "2024") + ids, 1
+            known = 1
+            ids = [vocabulary.prefix_id, *ids] if rule == "2024" else ids
         need(0 < known < len(ids), f"{place}: nothing is left of a text when it is encoded: "
              "expected at least one token to score, and one before it.")
         need(len(ids) - 1 <= positions, f"{place}: a text has {len(ids) - 1} tokens: expected at "
@@ -925,8 +925,7 @@ def score_tries(model, tries):
     tree = Tree(depth.to(device), sees[:, None].to(device))
     hidden = model.hidden(ids.to(device), tree=tree).flatten(0, 1)                      # (B * T, C)
     # Ask for the edges of all tries, in the order of their nodes.
-    rows = [b * T + i for b, trie in enumerate(tries)
-            for i, _ in trie.edges]
+    rows = [b * T + i for b, trie in enumerate(tries) for i, _ in trie.edges]
     targets = torch.tensor([target for trie in tries for _, target in trie.edges])
     rows, order = torch.tensor(rows).sort()
     rows = rows.to(device)
@@ -971,7 +970,8 @@ def reading(path):
         if getattr(error, "filename", None):
             raise                                   # it cannot be opened at all
         reason = " ".join(str(error).split())[:200]
-        raise click.ClickException(f"{path} is damaged: {reason or 'it ends too early'}.")
+        raise click.ClickException(f"{path} is damaged: {reason or 'it ends too early'}: "
+                                   "correct it, or remove it.")
 
 @contextlib.contextmanager
 def written_whole(path):
@@ -1812,7 +1812,7 @@ def read_pair(line, path, number, rule="2024"):
         if "Target1" in item:
             keys = ("Target1", "Target2", "Context1", "Context2")
         good, bad, *contexts = texts = [item[key] for key in keys]
-        need(all(text.strip() for text in texts), "a text is empty")
+        need(all(text.strip() for text in texts) and "null" not in item, "no text, or too many")
         paradigm = str(item.get("UID", item.get("Domain", path.stem)))
         term = str(item.get("linguistics_term", paradigm))
         "".join([*texts, paradigm, term]).encode()  # fails on what is no string, or half of one
@@ -1829,12 +1829,13 @@ def read_pair(line, path, number, rule="2024"):
     return Pair((given, space + good), (given, space + bad), paradigm, term, path, number)
 
 def pair_lines(path):
-    """Return the lines of a file of pairs, JSON; the rows of a .tsv are made such."""
+    """Return the lines of a file of pairs, JSON; a .tsv's rows are made such, surplus as "null"."""
     lines = path.read_bytes().splitlines()
     if path.suffix == ".tsv":
         with reading(path):
             names, *rows = [line.decode("utf-8-sig").split("\t") for line in lines]
-            lines = ["", *(json.dumps(dict(zip(names, row, strict=True))) for row in rows)]
+            rows = [dict(itertools.zip_longest(names, row)) if any(row) else "" for row in rows]
+            lines = ["", *(json.dumps(row) if row else "" for row in rows)]
     return lines
 
 def read_pairs(folder, sample=0, rule="2024"):
@@ -2326,7 +2327,6 @@ def sample_command(run, prompt, tokens, temperature, count, seed, out, device):
     # a line ends before the next prefix token, at a line break, or at the model's eos
     ends = [*newline, vocabulary.prefix_id]
     ends += [i for i in eos if i in range(len(model.head))]
-
     rows = 256 if out else count
     ids = torch.tensor([start] * rows, device=model.head.device)
     generator = torch.Generator(model.head.device).manual_seed(seed)

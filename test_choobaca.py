@@ -999,8 +999,9 @@ def test_any_text_trains_and_own_pairs_are_scored(here):
         assert re.search("own(.*\n)*mean of 1 paradigm +2 ", told)
     Path("own.tsv").write_text("sentence_good\tsentence\nHunde läuft.\tHunde laufen.\n")
     assert "own.tsv, line 2: expected" in error("eval-blimp -m 0 -d own.tsv")
-    Path("own.tsv").write_text("sentence_good\tsentence_bad\nHunde\n")
-    assert "own.tsv is damaged: zip" in error("eval-blimp -m 0 -d own.tsv")
+    for row in ("Hunde", "Hunde\tHund\tmehr"):
+        Path("own.tsv").write_text(f"sentence_good\tsentence_bad\n\nA\tB\n{row}\n")
+        assert "own.tsv, line 4: expected" in error("eval-blimp -m 0 -d own.tsv")
 
 def test_what_is_finished_is_used_again_if_it_is_the_same(here, monkeypatch):
     """Teachers; a run, at --resume; what another command trains, or has trained meanwhile."""
@@ -1685,7 +1686,7 @@ def measured(text):
 def test_the_files_bars():
     """Nothing is used before it is defined or runs at import; each setting is read somewhere."""
     lines, tree, (tokens, code, docs) = SOURCE.splitlines(), ast.parse(SOURCE), measured(SOURCE)
-    for text, most in ((SOURCE, 2350), (LESSON, 1050), (README, 280), (TESTS, 2300)):
+    for text, most in ((SOURCE, 2350), (LESSON, 1050), (README, 280), (TESTS, 2600)):
         assert len(text.splitlines()) <= most and max(map(len, text.splitlines())) <= 100
     if sys.version_info < (3, 12):                      # later ones count within f-strings, too
         assert tokens <= 20_500 and tokens / code <= 11.05 and measured(TESTS)[0] <= 25_000
