@@ -480,15 +480,15 @@ def by_autograd(definition, u, v, targets, constant, beta=1.0, differentiated=Fa
 # Now the fast way: four divergences with their gradients written out, in fp32 and in place. They
 # take at most a third of by_autograd's time, and a test checks them against it.
 
-def to_probabilities(u, v, q, r):
-    """Fill q and r, and overwrite v with p: all (n, V). Return q, p, r. u's rows have 0 as maximum.
+def to_probabilities(u, v):
+    """Return q, p and r, all (n, V). v is overwritten, and u's rows have 0 as maximum.
     u - v is cut at 87, as exp(-87) is near fp32's least normal number: a token that the teacher
     rules out costs reverse KL much, not infinitely much."""
     p = v.sub_(v.amax(-1, True))                # both now have 0 as maximum
-    limit = -math.log(torch.finfo(r.dtype).tiny)
-    torch.sub(u, p, out=r).clamp_(max=limit)
+    r = (u - p).clamp_(max=-math.log(torch.finfo(u.dtype).tiny))
+    q = u.exp()
     # log q - log p = u - v + log(sum exp v / sum exp u)
-    q_scale = 1 / torch.exp(u, out=q).sum(-1, True)
+    q_scale = 1 / q.sum(-1, True)
     p_scale = 1 / p.exp_().sum(-1, True)
     r.add_((q_scale.double() / p_scale).log_().to(r.dtype))
     return q.mul_(q_scale), p.mul_(p_scale), r
@@ -576,57 +576,76 @@ def gradient_of_logits(z, w, targets, tau, alpha):
     d_kl = tau * q * (r - value)            # tau^2 dKL/du du/dz, and du/dz = 1 / tau
     return alpha * d_ce + (1 - alpha) * d_kl
 
-def divergence_(settings, beta, u, v, targets, scratch):
+def is_closed(settings, beta):
+    """Say whether a gradient is written out, or there is none: else autograd has to find it."""
+    constant = settings.mixing == "constant" or beta == 1
+    return settings.objective == "ce" or settings.objective in CLOSED_FORMS and constant
+
+def divergence_(settings, beta, u, v, targets):
     """Return the objective's divergence (n, 1) and its gradient with respect to u (n, V).
 
-    u's rows have 0 as maximum; v and scratch (2, n or more, V) are overwritten. The student's part
-    of the mixture is held constant <- differs (4): r is beta (z - w) / tau + a constant, which
-    drops out of r - KL. So under reverse KL the gradient is beta times the unmixed one: "mixing
-    outputs" is a weight on the distillation, and Eq. 3 its schedule. The value shrinks by roughly
-    beta^2: do not compare mixed runs' `kl` with unmixed ones'. Forward KL is not so simple."""
+    u's rows have 0 as maximum; v is overwritten. The student's part of the mixture is held constant
+    <- differs (4): r is beta (z - w) / tau + a constant, which drops out of r - KL. So under
+    reverse KL the gradient is beta times the unmixed one: "mixing outputs" is a weight on the
+    distillation, and Eq. 3 its schedule. The value shrinks by roughly beta^2: do not compare mixed
+    runs' `kl` with unmixed ones'. Forward KL is not so simple."""
     definition, name = DIVERGENCES[settings.objective]
     constant = getattr(settings, name) if name else None
-    closed_form = CLOSED_FORMS.get(settings.objective)
-    differentiated = settings.mixing == "differentiated" and beta < 1
-    if closed_form is None or differentiated:
+    if not is_closed(settings, beta):
+        differentiated = settings.mixing == "differentiated"
         value, gradient = by_autograd(definition, u, v, targets, constant, beta, differentiated)
         return value, gradient.to(u.dtype)
     if beta < 1:
         v.mul_(beta).add_(u, alpha=1 - beta)                                        # Eq. 2
-    q, p, r = to_probabilities(u, v, *scratch[:, :len(u)])
-    return closed_form(q, p, r, constant)
+    q, p, r = to_probabilities(u, v)
+    return CLOSED_FORMS[settings.objective](q, p, r, constant)
 
-def logits_to_gradient_(settings, beta, u, v, targets, scratch):
+def logits_to_gradient_(settings, beta, u, v, targets):
     """Overwrite u = z / tau (n, V) with the loss's gradient with respect to z.
     v (n, V), the teacher's w / tau, is None where there is no divergence. targets (n, 1). Returns
     (n, 3): max u, log sum exp(z - max z), divergence."""
     ce_weight, kl_weight = loss_weights(settings)
     tau = 1.0 if v is None else settings.temperature
-    z = u.to(scratch.dtype)                             # z / tau as yet, in fp32 or better
+    exact = torch.promote_types(u.dtype, torch.float32)
+    z = u.to(exact)                                     # z / tau as yet, in fp32 or better
     top = z.amax(-1, True)
     z.sub_(top)                                         # a softmax does not see its level
-    value = gradient = torch.zeros_like(top)
+    value = torch.zeros_like(top)
+    gradient = value.expand_as(z)
     if v is not None:
-        value, gradient = divergence_(settings, beta, z, v.to(scratch.dtype), targets, scratch)
+        value, gradient = divergence_(settings, beta, z, v.to(exact), targets)
         if kl_weight * tau != 1:
             gradient.mul_(kl_weight * tau)              # tau^2 dDiv/du du/dz, as above
     # Cross-entropy has no temperature: softmax(z) - onehot = (soft - total onehot) / total.
     soft = z.mul_(tau).exp_()
     total = soft.sum(-1, True)
-    soft.scatter_add_(1, targets, -total)
+    above = soft.gather(1, targets) - total
+    observed = torch.addcmul(gradient.gather(1, targets), above, ce_weight / total)
     torch.addcmul(gradient, soft, ce_weight / total, out=u)
-    return torch.cat([top, total.log_(), value.to(top.dtype)], 1)
+    u.scatter_(1, targets, observed.to(u.dtype))
+    return torch.cat([top, total.log_(), value.to(exact)], 1)
 
 CACHE = 2**17       # logits that a core turns into gradients at once: measured to stay in its cache
+CHUNK = {"cpu": 304, "cuda": 1024}      # rows of logits at once: more need memory and save no time
 
-def chunk_to_gradient_(settings, beta, u, v, targets, scratch):
-    """Do as logits_to_gradient_ on a whole chunk, as many rows at a time as scratch has."""
-    block = scratch.shape[1]
+@functools.cache
+def compiled(function):
+    """Fuse the elementwise operations of a function: each reads and writes all logits otherwise."""
+    torch._dynamo.config.recompile_limit = 99       # once for each beta and shape
+    return torch.compile(function, dynamic=False)
+
+def chunk_to_gradient_(settings, beta, u, v, targets):
+    """Do as logits_to_gradient_ on a whole chunk: compiled on a GPU, else by blocks of rows."""
+    closed = is_closed(settings, beta)
+    if closed and u.is_cuda and settings.compile:
+        return compiled(logits_to_gradient_)(settings, beta, u, v, targets)
+    width = u.shape[1] if closed else 2 * u.shape[1]                    # by_autograd has float64
+    block = max(1, (2**22 if u.is_cuda else CACHE * torch.get_num_threads()) // width)
     sums = []
     for i in range(0, len(u), block):
         part = slice(i, i + block)
         v_part = None if v is None else v[part]
-        sums.append(logits_to_gradient_(settings, beta, u[part], v_part, targets[part], scratch))
+        sums.append(logits_to_gradient_(settings, beta, u[part], v_part, targets[part]))
     return torch.cat(sums)
 
 def logits_into(memory, hidden, head, tau):
@@ -653,12 +672,9 @@ class FusedLoss(torch.autograd.Function):
         N, V, kind = len(hidden), len(head), hidden.device.type
         exact = torch.promote_types(hidden.dtype, torch.float32)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-        chunks = math.ceil(N / settings.chunk) or 1
+        chunks = math.ceil(N / (settings.chunk or CHUNK[kind])) or 1
         n = math.ceil(N / chunks) or 1                          # equal chunks, the last shorter
         distilled = settings.objective in DIVERGENCES
-        width = V if settings.objective in CLOSED_FORMS or not distilled else 2 * V     # float64
-        block = n if kind == "cuda" else min(n, max(1, CACHE * torch.get_num_threads() // width))
-        scratch = hidden.new_empty(2, block, V, dtype=exact)
         u_memory = hidden.new_empty(n, V, dtype=dtype)
         tau = settings.temperature if distilled else 1.0
         if distilled:
@@ -681,7 +697,7 @@ class FusedLoss(torch.autograd.Function):
                 v = logits_into(v_memory, teacher_hidden[rows].to(dtype), teacher_head, tau)
             # 2. Turn them into the gradient with respect to z. CE is log sum exp z - z_target.
             observed = u.gather(1, target)
-            sums = chunk_to_gradient_(settings, beta, u, v, target, scratch)
+            sums = chunk_to_gradient_(settings, beta, u, v, target)
             top, above, value = sums.double().split(1, 1)
             ce = above + tau * (top - observed)
             parts += (torch.cat([ce, tau**2 * value], 1) * keep).sum(0)
@@ -1077,7 +1093,7 @@ class Settings:
     teacher_precision: str = setting("auto", "As --precision, for teachers.", ("auto", *PRECISIONS))
     compile: bool = setting(True, "Compile the models on a GPU.")
     micro_batch: int = setting(0, "Rows in memory at once, a divisor of the batch; 0: all.")
-    chunk: int = setting(304, "Rows of logits that the loss holds at once.", low=1)
+    chunk: int = setting(0, "Rows of logits that the loss holds at once; 0: 304, 1,024 on a GPU.")
     eval_every: int = setting(0, "Steps between held-out losses; 0: ten in all.")
     dev_tokens: int = setting(0, "Read about this many held-out tokens, evenly spread; 0: all.")
     checkpoints: str = setting("", "Save the model when so many words were read, such as 500k,1M, "

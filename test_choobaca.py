@@ -406,8 +406,7 @@ every_divergence = mark.parametrize("name", c.DIVERGENCES)
 def divergence(name, u, v, targets, **changes):
     """Value and gradient, as FusedLoss gets them: u without its rows' maxima."""
     s = settings(objective=name, **changes)
-    scratch = u.new_empty(2, *u.shape)
-    return c.divergence_(s, 1.0, u - u.amax(-1, True), v.clone(), targets, scratch)
+    return c.divergence_(s, 1.0, u - u.amax(-1, True), v.clone(), targets)
 
 def literal(name, u, v, targets, **changes):
     """Value and gradient by the definition and autograd, in float64."""
@@ -2219,7 +2218,7 @@ def contestants(objectives, rows, width, teacher_width, vocab_size, chunk, dtype
     hidden *= 2 * width**-0.5                                   # logits are N(0, 2^2)
     t_hidden *= 2 * teacher_width**-0.5
     leaves = hidden.requires_grad_(), head.requires_grad_()
-    chunks = math.ceil(rows / chunk)
+    chunks = math.ceil(rows / (chunk or c.CHUNK[hidden.device.type]))
 
     @torch.no_grad()
     def products():
@@ -2249,7 +2248,7 @@ def weigh(name, sizes):
 benchmark = click.Group(help="The benchmark of the loss. The tests are run by pytest.")
 
 @benchmark.command("bench", params=[
-    click.Option([f"--{name}"], default=size, show_default=True, type=click.IntRange(1, 2**20))
+    click.Option([f"--{name}"], default=size, show_default=True, type=click.IntRange(0, 2**20))
     for name, size in {"rows": 4096, "width": 512, "teacher-width": 1024, "vocab-size": 16_000,
                        "chunk": c.Settings.chunk, "repeats": 5}.items()])
 @click.option("--objective", "objectives", multiple=True, default=["rkl"], show_default=True,
