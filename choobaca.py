@@ -1511,8 +1511,9 @@ def step_dtype(settings, device):
     return PRECISIONS.get(name, torch.float32)
 
 @torch.no_grad()
-def held_out_loss(model, ids, settings):
-    """Return the cross-entropy of held-out text in nats per token; None for less than a row."""
+def held_out_loss(model, ids, settings, dtype=torch.float32):
+    """Return the cross-entropy of held-out text in nats per token; None for less than a row.
+    The model's matmuls are in `dtype`, as in training; the logits are in fp32."""
     # The rows of T tokens are fixed: all of them, or every k-th where fewer tokens are asked for.
     T = settings.context
     every = max(1, round(len(ids) / settings.dev_tokens)) if settings.dev_tokens else 1
@@ -1524,11 +1525,12 @@ def held_out_loss(model, ids, settings):
     for i in range(0, len(starts), settings.batch_size):
         batch = windows(ids, starts[i:i + settings.batch_size], T)
         inputs, targets = (rows.to(model.head.device) for rows in batch)
-        hidden = model.hidden(inputs).flatten(0, 1)
+        with torch.autocast(inputs.device.type, dtype, enabled=dtype != torch.float32):
+            hidden = model.hidden(inputs).flatten(0, 1)
         _, parts = FusedLoss.apply(hidden, model.head, targets.flatten(), None, None, plain, 1.0)
-        total += parts[0].item()
+        total += parts[0]
     model.train(was_training)
-    return total / (len(starts) * T) if len(starts) else None
+    return float(total) / (len(starts) * T) if len(starts) else None
 
 @dataclass
 class Run:
@@ -1630,10 +1632,12 @@ def signals_kept():
 
 def stop_signal(received, device):
     """Return the signal this process was sent, SIGTERM if another one was, or 0."""
-    flag = torch.tensor(len(received), device=device)
+    count = len(received)
     if dist.is_initialized():
+        flag = torch.tensor(count, device=device)
         dist.all_reduce(flag)
-    return max(received, default=signal.SIGTERM) if flag else 0
+        count = flag.item()
+    return max(received, default=signal.SIGTERM) if count else 0
 
 def save_state(path, progress, parts):
     """Write a checkpoint, whole on the disk before it replaces the last one."""
@@ -1690,6 +1694,20 @@ def locked_log(folder):
             raise click.ClickException(f"{folder}: another process is training this run: wait.")
         yield log
 
+def write_step(run, line, row, scaler, log, bar):
+    """Log a step, of which train_step returned `row`: reading it waits for a GPU."""
+    loss, ce, kl, norm = row.tolist()
+    # fp16 leaves out a step whose gradient was too large
+    sound = math.isfinite(loss) and (scaler.is_enabled() or math.isfinite(norm))
+    need(sound and scaler.get_scale() > 1e-6, f"{run.out}: step {line['step']} has a loss of "
+         f"{loss:.4g} and a gradient of {norm:.4g}: begin again with a lower --lr, or a sound "
+         "teacher.")
+    line |= {"loss": loss, "ce": ce, "norm": norm} | ({"kl": kl} if "beta" in line else {})
+    log.write(json.dumps(line) + "\n")
+    log.flush()
+    bar.set_postfix_str(f"loss {loss:.3g}, lr {line['lr']:.2g}", False)
+    bar.update()
+
 def fit(run, corpus, device, log, resume=False):
     """Train a run: its folder gets a log line per step and, at the end, the weights.
     A run that goes on from a checkpoint ends with the bytes of one that was never interrupted."""
@@ -1711,13 +1729,14 @@ def fit(run, corpus, device, log, resume=False):
     coach = Coach(teachers, teacher_dtype, V) if teachers else None
     if settings.compile and device == "cuda":       # a small model's step is mostly kernel launches
         for each in [model, *teachers]:
-            each.compile()
+            each.compile(dynamic=False)
     progress = begin_run(run, describe_run(run, corpus, device), steps, log, resume, parts)
     first = progress["step"]
     bar = tqdm(total=steps, initial=first, desc=run.name, unit=" steps", disable=rank > 0)
     started = time.perf_counter() - progress["seconds"]
     saved = time.monotonic()
     look_every = settings.eval_every or math.ceil(steps / 10)           # ten looks
+    late = []                                           # steps that are not in the log yet
     folders = checkpoint_steps(corpus, settings)
     with bar, signals_kept() as received:
         for step in range(first, steps):
@@ -1734,25 +1753,20 @@ def fit(run, corpus, device, log, resume=False):
             torch.manual_seed(seed % 2**63)
             row = train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype,
                              scaler)
-            # a line in the log; fp16 leaves out a step whose gradient was too large
-            loss, ce, kl, norm = row.tolist()                                   # waits for a GPU
-            sound = math.isfinite(loss) and (scaler.is_enabled() or math.isfinite(norm))
-            need(sound and scaler.get_scale() > 1e-6, f"{run.out}: step {step + 1} has a loss of "
-                 f"{loss:.4g} and a gradient of {norm:.4g}: begin again with a lower --lr, or a "
-                 "sound teacher.")
-            seconds = time.perf_counter() - started
             line = {"step": step + 1, "epoch": (step + 1) / per_epoch,
-                    "words": round(words_read(step + 1, corpus, settings)),
-                    "loss": loss, "ce": ce, "norm": norm, "lr": lr}
-            line |= {"kl": kl, "beta": beta} if coach else {}
-            log.write(json.dumps(line | {"seconds": seconds}) + "\n")
-            log.flush()
-            bar.set_postfix_str(f"loss {loss:.3g}, lr {lr:.2g}", False)
-            bar.update()
+                    "words": round(words_read(step + 1, corpus, settings)), "lr": lr}
+            line |= {"beta": beta} if coach else {}
+            late.append((line, row))
+            number = stop_signal(received, device)
+            due = number or time.monotonic() - saved > 60 * settings.save_minutes
+            look = last or (step + 1) % look_every == 0
+            # its line in the log, one step late where it can be: a GPU never waits for us
+            while len(late) > (0 if look or due else 1):
+                seconds = time.perf_counter() - started
+                line, row = late.pop(0)
+                write_step(run, line | {"seconds": seconds}, row, scaler, log, bar)
             # now and then the held-out loss, which changes nothing, and the folders asked for
-            dev_loss = None
-            if last or (step + 1) % look_every == 0:
-                dev_loss = held_out_loss(model, corpus.dev, settings)
+            dev_loss = held_out_loss(model, corpus.dev, settings, dtype) if look else None
             if dev_loss is not None:
                 log.write(json.dumps({"step": step + 1, "dev_loss": dev_loss}) + "\n")
                 if settings.keep == "best" and dev_loss < progress["least"]:
@@ -1762,9 +1776,7 @@ def fit(run, corpus, device, log, resume=False):
                 if rank == 0 and at == step + 1:
                     save_model(run.out / name, model, corpus.vocabulary)
             # a checkpoint every few minutes, and before we obey a signal
-            number = stop_signal(received, device)
-            due = time.monotonic() - saved > 60 * settings.save_minutes
-            if not last and (number or due) and rank == 0:
+            if due and not last and rank == 0:
                 log.flush()
                 os.fsync(log.fileno())
                 progress |= {"step": step + 1, "seconds": seconds, "logged": log.tell()}
