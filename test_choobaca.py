@@ -2184,6 +2184,102 @@ def test_toy_shows_where_modes_are_sought(tmp_path):
     assert "'ce' is not one of" in error("toy --objective ce", 2)
 
 # -----------------------------------------------------------------------------
+# On a GPU
+
+DEVICE = "cuda"
+on_cuda = mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+HALF = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.005}
+
+def there(inputs, dtype=torch.float32):
+    """Inputs of the loss on the GPU."""
+    return [x.detach().to(DEVICE, dtype if x.is_floating_point() else None)
+            .requires_grad_(x.requires_grad) for x in inputs]
+
+@on_cuda
+@mark.parametrize("objective", ["ce", *c.DIVERGENCES])
+def test_cuda_fused_loss_is_the_whole_loss(objective):
+    """Compiled where it is written out; N tokens of equal chunks. fp16 by a scale, as in training."""
+    inputs = loss_inputs(N=96, C=16, V=300)
+    inputs[2][4:6] = -100                                       # ignored
+    for beta, (dtype, tolerance) in zip((1.0, 0.7, 0.7), HALF.items()):
+        rounded = [x.detach().to(dtype).double().requires_grad_(x.requires_grad)
+                   if x.is_floating_point() else x for x in inputs]
+        wanted = whole(rounded, beta, objective=objective, **CONSTANTS)
+        found = fused(there(rounded, dtype), beta, 32, objective=objective, **CONSTANTS)
+        assert all(off(x.cpu().double(), y) < tolerance for x, y in zip(found, wanted)), dtype
+
+@on_cuda
+def test_cuda_chunks_and_compiling_change_only_the_rounding():
+    """A last chunk that is shorter, all at once, and not compiled."""
+    inputs = there(loss_inputs(N=100, V=300))
+    wanted = fused(inputs, 0.7, 100, compile=False)
+    for chunk in (33, 100):
+        assert all(off(x, y) < 1e-5 for x, y in zip(fused(inputs, 0.7, chunk), wanted))
+
+@on_cuda
+def test_cuda_a_tied_head_gets_both_gradients():
+    hidden, head, targets, *teacher = there(loss_inputs())
+    assert all(off(x, y) < 1e-5 for x, y in zip(*(how((head[:23], head, targets, *teacher))[2:3]
+                                                  for how in (fused, whole))))
+
+@on_cuda
+def test_cuda_no_array_of_all_logits_is_held():
+    """In MB: the most that is held beyond what was there, against N * V numbers of half precision."""
+    for objective in ("rkl", "fkl", "jsd"):
+        inputs = there(loss_inputs(torch.float32, 32_768, 64, 64, 8_000), torch.bfloat16)
+        fused(inputs, chunk=0, objective=objective)                     # compiles
+        before = peak(torch.device(DEVICE), anew=True)
+        fused(inputs, chunk=0, objective=objective)
+        assert 0 < peak(torch.device(DEVICE)) - before < 2 * 32_768 * 8_000, objective
+
+@on_cuda
+@mark.parametrize("kind", [dict(kv_heads=1), dict(model_type="gpt2")])
+def test_cuda_a_compiled_model_is_the_model(kind):
+    ids, exact, slopes = some_ids(4, 16), model(sharp=5, **kind), []
+    for how in ("cpu", "eager", "compiled"):
+        m = model(sharp=5, **kind).to("cpu" if how == "cpu" else DEVICE).eval()
+        if how == "compiled":
+            m.compile(dynamic=False)
+        hidden = m(ids.to(m.head.device))
+        (hidden * hidden.detach().roll(1, 0)).sum().backward()
+        slopes.append([hidden.detach().cpu(), *(p.grad.cpu() for p in m.parameters()
+                                                if p.grad is not None)])
+    for found in slopes[1:]:
+        assert len(found) == len(slopes[0])
+        assert all(off(x, y) < 1e-4 for x, y in zip(found, slopes[0]) if y.norm() > 1e-6)
+
+@on_cuda
+def test_cuda_scores_choose_as_the_cpus(saved, vocabulary):
+    m, pairs = model(V=vocabulary.size, sharp=5, positions=64), c.read_pairs(TINY / "blimp", 200)
+    here, gpu = (c.score_pairs(m.to(device), vocabulary, pairs, "") for device in ("cpu", DEVICE))
+    clear = np.abs(here[:, 0] - here[:, 1]) > 1e-3
+    assert np.allclose(here, gpu, 0, 1e-3) and clear.sum() > 150
+    assert ((here[:, 0] > here[:, 1]) == (gpu[:, 0] > gpu[:, 1]))[clear].all()
+
+@on_cuda
+def test_cuda_a_run_goes_on_from_its_checkpoint(here, monkeypatch):
+    """Two teachers, compiled, in bf16: equal to the rounding, which a GPU does not repeat."""
+    flags = f"--objective rkl --teachers 2 --beta 0.7 --device {DEVICE} --micro-batch 4"
+    train("r/whole", flags)
+    stopped(monkeypatch, 3)
+    train("r/part", flags, 130)
+    assert len(steps_of("r/part")) == 3
+    assert "mean of 20" in train("r/part", flags + " --resume").stdout
+    whole, part = (np.array([line["loss"] for line in steps_of(f"r/{run}")])
+                   for run in ("whole", "part"))
+    assert len(whole) == 6 and np.allclose(whole, part, 1e-3)
+    train("cpu/whole", flags.replace(DEVICE, "cpu"))
+    assert np.allclose(whole, [line["loss"] for line in steps_of("cpu/whole")], 0.01)
+
+@on_cuda
+def test_cuda_fp16_leaves_out_a_step_that_overflows(here, monkeypatch):
+    large = functools.partial(torch.amp.GradScaler, init_scale=2.0**26)
+    monkeypatch.setattr(torch.amp, "GradScaler", large)
+    train("x", f"--precision fp16 --steps 12 --device {DEVICE} --no-compile")
+    finite = [math.isfinite(line["norm"]) for line in steps_of("x")]
+    assert not finite[0] and finite[-1] and all(math.isfinite(x["loss"]) for x in steps_of("x"))
+
+# -----------------------------------------------------------------------------
 # The benchmark of the loss: python test_choobaca.py bench --help
 
 def peak(device, anew=False):
@@ -2212,7 +2308,7 @@ def measure(step, leaves):
 
 def contestants(objectives, rows, width, teacher_width, vocab_size, chunk, dtype, device):
     """What is compared, and where its gradients go. "products" is a loss's four matmuls and nothing
-    else: no loss is faster. "plain" is plain_loss by autograd."""
+    else: no loss is faster. "plain" is plain_loss by autograd, "compiled" (on a GPU) compiled."""
     made = loss_inputs(getattr(torch, dtype), rows, width, teacher_width, vocab_size)
     hidden, head, targets, t_hidden, t_head = inputs = [x.detach().to(device) for x in made]
     hidden *= 2 * width**-0.5                                   # logits are N(0, 2^2)
@@ -2230,11 +2326,15 @@ def contestants(objectives, rows, width, teacher_width, vocab_size, chunk, dtype
             torch.mm(d_z, head, out=d_h)
             head.grad.addmm_(d_z.T, h)
 
-    def plain():
+    def loss(hidden, head):
         z, w = (hidden @ head.T).float(), (t_hidden @ t_head.T).float()
-        c.plain_loss(z, w, targets, tau=2.0, alpha=0.5).backward()
+        return c.plain_loss(z, w, targets, tau=2.0, alpha=0.5)
 
-    steps = {("products", "rkl"): products, ("plain", "rkl"): plain}
+    steps = {("products", "rkl"): products,
+             ("plain", "rkl"): lambda: loss(hidden, head).backward()}
+    if hidden.is_cuda:
+        quick = torch.compile(loss, dynamic=False)
+        steps["compiled", "rkl"] = lambda: quick(hidden, head).backward()
     for name in objectives:
         steps["fused", name] = functools.partial(fused, inputs, 1.0, chunk, objective=name)
     return steps, leaves
@@ -2262,8 +2362,11 @@ def bench_command(repeats, as_json, **sizes):
     steps, leaves = contestants(**sizes)
     rounds = [[measure(step, leaves)[0] for step in steps.values()] for _ in range(repeats + 1)]
     seconds = np.array(rounds[1:])                              # the first one does not count
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        peaks = pool.starmap(weigh, [(name, sizes) for name in steps], chunksize=1)
+    if sizes["device"] == "cuda":
+        peaks = [measure(step, leaves)[1] for step in steps.values()]
+    else:
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            peaks = pool.starmap(weigh, [(name, sizes) for name in steps], chunksize=1)
     rows, lines = [], [f"{'':<9} {'objective':<9} seconds, median (range)  x products  peak, MB"]
     for (name, objective), times, most in zip(steps, seconds.T, peaks):
         median, ratio = float(np.median(times)), float(np.median(times / seconds[:, 0]))
