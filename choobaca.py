@@ -766,7 +766,8 @@ def make_optimizer(model, settings):
     groups = [{"params": matrices, "weight_decay": settings.weight_decay},
               {"params": vectors, "weight_decay": 0.0}]
     betas = (0.9, settings.beta2)
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, fused=True)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, fused=True,
+                             capturable=matrices[0].is_cuda)
 
 def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype=torch.float32,
                scaler=None):
@@ -1525,10 +1526,11 @@ def held_out_loss(model, ids, settings, dtype=torch.float32):
     for i in range(0, len(starts), settings.batch_size):
         batch = windows(ids, starts[i:i + settings.batch_size], T)
         inputs, targets = (rows.to(model.head.device) for rows in batch)
-        with torch.autocast(inputs.device.type, dtype, enabled=dtype != torch.float32):
-            hidden = model.hidden(inputs).flatten(0, 1)
-        _, parts = FusedLoss.apply(hidden, model.head, targets.flatten(), None, None, plain, 1.0)
-        total += parts[0]
+        with torch.compiler.set_stance("force_eager"):      # too few calls to compile for
+            with torch.autocast(inputs.device.type, dtype, enabled=dtype != torch.float32):
+                hidden = model.hidden(inputs).flatten(0, 1)
+            total += FusedLoss.apply(hidden, model.head, targets.flatten(), None, None, plain,
+                                     1.0)[1][0]
     model.train(was_training)
     return float(total) / (len(starts) * T) if len(starts) else None
 
@@ -1694,6 +1696,37 @@ def locked_log(folder):
             raise click.ClickException(f"{folder}: another process is training this run: wait.")
         yield log
 
+class RecordedStep:
+    """train_step as a CUDA graph: its some thousand kernels are launched once, recorded, and then
+    repeated with one launch a step. A GPU is faster than Python launches kernels."""
+
+    def __init__(self):
+        self.graph = self.beta = None
+
+    def __call__(self, model, optimizer, coach, inputs, targets, settings, beta, dtype, scaler):
+        # what is recorded stays in its place: rows and learning rate are copied there
+        if self.graph is None:
+            self.inputs, self.targets = inputs.clone(), targets.clone()
+            self.rate = torch.zeros((), device=inputs.device)
+        if beta != self.beta:
+            self.beta, self.calls = beta, 0
+        self.calls += 1
+        self.inputs.copy_(inputs)
+        self.targets.copy_(targets)
+        self.rate.fill_(optimizer.param_groups[0]["lr"])
+        for group in optimizer.param_groups:
+            group["lr"] = self.rate
+        step = functools.partial(train_step, model, optimizer, coach, self.inputs, self.targets,
+                                 settings, beta, dtype, scaler)
+        if self.calls < 3:                      # what is compiled is compiled in the first steps
+            return step()
+        if self.calls == 3:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.row = step()
+        self.graph.replay()
+        return self.row.clone()
+
 def write_step(run, line, row, scaler, log, bar):
     """Log a step, of which train_step returned `row`: reading it waits for a GPU."""
     loss, ce, kl, norm = row.tolist()
@@ -1727,9 +1760,14 @@ def fit(run, corpus, device, log, resume=False):
     teachers = [load_model(teacher.out, device)[0] for teacher in run.teachers]
     teacher_dtype = PRECISIONS.get(settings.teacher_precision, dtype)
     coach = Coach(teachers, teacher_dtype, V) if teachers else None
-    if settings.compile and device == "cuda":       # a small model's step is mostly kernel launches
-        for each in [model, *teachers]:
-            each.compile(dynamic=False)
+    take_step = train_step
+    if settings.compile and device == "cuda":
+        for module in itertools.chain(*(each.modules() for each in [model, *teachers])):
+            if isinstance(module, nn.ModuleList):       # its blocks are alike: compiled once
+                for block in module:
+                    block.compile(dynamic=False)
+        if size == 1 and not scaler.is_enabled():       # the scaler looks at every gradient
+            take_step = RecordedStep()
     progress = begin_run(run, describe_run(run, corpus, device), steps, log, resume, parts)
     first = progress["step"]
     bar = tqdm(total=steps, initial=first, desc=run.name, unit=" steps", disable=rank > 0)
@@ -1751,8 +1789,8 @@ def fit(run, corpus, device, log, resume=False):
                                for rows in batch)
             seed = (settings.seed * 2**32 + step) * size + rank                         # dropout
             torch.manual_seed(seed % 2**63)
-            row = train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype,
-                             scaler)
+            row = take_step(model, optimizer, coach, inputs, targets, settings, beta, dtype,
+                            scaler)
             line = {"step": step + 1, "epoch": (step + 1) / per_epoch,
                     "words": round(words_read(step + 1, corpus, settings)), "lr": lr}
             line |= {"beta": beta} if coach else {}
