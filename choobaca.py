@@ -37,6 +37,7 @@ if sys.version_info < (3, 11):
     sys.exit("choobaca.py needs Python 3.11 or newer.")
 
 import contextlib
+import copy
 import dataclasses
 import datetime
 import functools
@@ -62,15 +63,11 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn         # imported later, it would keep a process group alive
 import torch.nn.functional as F
+from click import ClickException, IntRange, echo, option
 from tokenizers import (Tokenizer, decoders, models, normalizers, pre_tokenizers, processors,
                         trainers)
 from torch import Tensor, nn
 from tqdm import tqdm
-
-try:
-    import fcntl
-except ImportError:         # Windows has no such lock on a run's folder
-    fcntl = None
 
 HOME = Path(__file__).resolve().parent
 TINY = HOME / "data/tiny"           # a small artificial English, and minimal pairs of it
@@ -78,7 +75,7 @@ TINY = HOME / "data/tiny"           # a small artificial English, and minimal pa
 def need(condition, message):
     """Stop with one sentence to the user unless the condition holds."""
     if not condition:
-        raise click.ClickException(message)
+        raise ClickException(message)
 
 def setting(default, help, choices=(), low=0, high=2**31 - 1, path=False):
     """Declare a field of Settings (section 8): flags, help, TOML keys and checks come from it."""
@@ -281,9 +278,10 @@ class LlamaAttention(nn.Module):
         C = config.width
         self.heads = config.heads
         self.kv_heads = config.kv_heads or config.heads
+        narrow = C // self.heads * self.kv_heads
         self.q_proj = nn.Linear(C, C, bias=False)
-        self.k_proj = nn.Linear(C, C // self.heads * self.kv_heads, bias=False)
-        self.v_proj = nn.Linear(C, C // self.heads * self.kv_heads, bias=False)
+        self.k_proj = nn.Linear(C, narrow, bias=False)
+        self.v_proj = nn.Linear(C, narrow, bias=False)
         self.o_proj = nn.Linear(C, C, bias=False)
 
     def forward(self, x, cos, sin, past, mask):
@@ -305,8 +303,7 @@ class LlamaMLP(nn.Module):
         self.down_proj = nn.Linear(config.inner, config.width, bias=False)
 
     def forward(self, x):
-        gated = F.silu(self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(gated)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 class LlamaBlock(nn.Module):
     """Add attention and feed-forward network, each after a norm, to the residual stream."""
@@ -462,17 +459,12 @@ DIVERGENCES = {
     "drkl": (target_apart, "gamma"),
 }
 
-def by_autograd(definition, u, v, targets, constant, beta=1.0, differentiated=False):
-    """Return value (n, 1) and gradient with respect to u (n, V) of a definition, by autograd.
-
-    v becomes beta v + (1 - beta) u first (Eq. 2), with a gradient through u if `differentiated`."""
+def by_autograd(definition, u, v, targets, constant):
+    """Return value (n, 1) and gradient with respect to u (n, V) of a definition, by autograd."""
     with torch.enable_grad():
         u = u.detach().double().requires_grad_()        # in float64 no formula loses its digits
-        v = v.double()
-        if beta < 1:
-            v = beta * v + (1 - beta) * (u if differentiated else u.detach())
         log_q = u.log_softmax(-1)
-        log_p = v.log_softmax(-1).clamp(min=-700)       # -inf: costs 700 here, about 87 below
+        log_p = v.double().log_softmax(-1).clamp(min=-700)      # -inf: costs 700, about 87 below
         value = definition(log_q, log_p, targets, constant)
         gradient, = torch.autograd.grad(value.sum(), u)
     return value.detach()[:, None], gradient
@@ -576,11 +568,6 @@ def gradient_of_logits(z, w, targets, tau, alpha):
     d_kl = tau * q * (r - value)            # tau^2 dKL/du du/dz, and du/dz = 1 / tau
     return alpha * d_ce + (1 - alpha) * d_kl
 
-def is_closed(settings, beta):
-    """Say whether a gradient is written out, or there is none: else autograd has to find it."""
-    constant = settings.mixing == "constant" or beta == 1
-    return settings.objective == "ce" or settings.objective in CLOSED_FORMS and constant
-
 def divergence_(settings, beta, u, v, targets):
     """Return the objective's divergence (n, 1) and its gradient with respect to u (n, V).
 
@@ -591,12 +578,11 @@ def divergence_(settings, beta, u, v, targets):
     runs' `kl` with unmixed ones'. Forward KL is not so simple."""
     definition, name = DIVERGENCES[settings.objective]
     constant = getattr(settings, name) if name else None
-    if not is_closed(settings, beta):
-        differentiated = settings.mixing == "differentiated"
-        value, gradient = by_autograd(definition, u, v, targets, constant, beta, differentiated)
-        return value, gradient.to(u.dtype)
     if beta < 1:
         v.mul_(beta).add_(u, alpha=1 - beta)                                        # Eq. 2
+    if settings.objective not in CLOSED_FORMS:
+        value, gradient = by_autograd(definition, u, v, targets, constant)
+        return value, gradient.to(u.dtype)
     q, p, r = to_probabilities(u, v)
     return CLOSED_FORMS[settings.objective](q, p, r, constant)
 
@@ -636,11 +622,11 @@ def compiled(function):
 
 def chunk_to_gradient_(settings, beta, u, v, targets):
     """Do as logits_to_gradient_ on a whole chunk: compiled on a GPU, else by blocks of rows."""
-    closed = is_closed(settings, beta)
+    closed = v is None or settings.objective in CLOSED_FORMS
     if closed and u.is_cuda and settings.compile:
         return compiled(logits_to_gradient_)(settings, beta, u, v, targets)
     width = u.shape[1] if closed else 2 * u.shape[1]                    # by_autograd has float64
-    block = max(1, (2**22 if u.is_cuda else CACHE * torch.get_num_threads()) // width)
+    block = max(1, CACHE * torch.get_num_threads() // width)
     sums = []
     for i in range(0, len(u), block):
         part = slice(i, i + block)
@@ -681,8 +667,8 @@ class FusedLoss(torch.autograd.Function):
             v_memory = torch.empty_like(u_memory)
             teacher_head = teacher_head.to(dtype)
         parts = hidden.new_zeros(2, dtype=torch.float64)
-        d_hidden = torch.zeros_like(hidden, dtype=exact) if ctx.needs_input_grad[0] else None
-        d_head = torch.zeros_like(head, dtype=exact) if ctx.needs_input_grad[1] else None
+        d_hidden = torch.zeros_like(hidden, dtype=exact)
+        d_head = torch.zeros_like(head, dtype=exact)
         head = head.to(dtype)
         for i in range(0, N, n):
             # 1. Make this chunk's logits / tau.
@@ -702,11 +688,10 @@ class FusedLoss(torch.autograd.Function):
             ce = above + tau * (top - observed)
             parts += (torch.cat([ce, tau**2 * value], 1) * keep).sum(0)
             # 3. Multiply the gradient back into hidden states and head.
-            if d_hidden is not None:
-                d_hidden[rows] = (u @ head).mul_(keep)
-            if d_head is not None and dtype == exact:
+            d_hidden[rows] = (u @ head).mul_(keep)
+            if dtype == exact:
                 d_head.addmm_(u.T, h * keep)
-            elif d_head is not None:                            # a half-precision product, in fp32
+            else:                                               # a half-precision product, in fp32
                 d_head += u.T @ (h * keep)
         ctx.save_for_backward(d_hidden, d_head)
         ctx.mark_non_differentiable(parts)
@@ -720,7 +705,7 @@ class FusedLoss(torch.autograd.Function):
         before the matmuls, 1 / tokens would round fp16 gradients to 0."""
         assert not getattr(ctx, "spent", False), "the first backward pass has used the gradients up"
         ctx.spent = True
-        gradients = [None if each is None else each.mul_(d_loss) for each in ctx.saved_tensors]
+        gradients = [each.mul_(d_loss) for each in ctx.saved_tensors]
         return *gradients, None, None, None, None, None
 
 class Coach:
@@ -763,14 +748,11 @@ def make_optimizer(model, settings):
     """Make AdamW over all parameters, with weight decay for the matrices alone."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     vectors = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay},
-              {"params": vectors, "weight_decay": 0.0}]
-    betas = (0.9, settings.beta2)
-    return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, fused=True,
-                             capturable=matrices[0].is_cuda)
+    groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, settings.lr, (0.9, settings.beta2), fused=True,
+                             weight_decay=settings.weight_decay, capturable=model.head.is_cuda)
 
-def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype=torch.float32,
-               scaler=None):
+def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype, scaler):
     """Take one optimizer step on inputs and targets (B, T), or on this process's share of the rows.
     Returns (4,): loss, cross-entropy, tau^2 divergence, norm of the gradient. Each micro-batch is
     divided by the tokens of the whole step, so accumulating and sharing change only the rounding.
@@ -780,7 +762,6 @@ def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype=t
     shared = dist.is_initialized()              # torchrun started several processes
     tokens = targets.numel() * (dist.get_world_size() if shared else 1)
     losses = inputs.new_zeros(3, dtype=torch.float64)
-    scaler = scaler or torch.amp.GradScaler(device, enabled=False)
     optimizer.zero_grad()
     # forward and backward, a micro-batch at a time
     for ids, target in zip(inputs.split(rows), targets.split(rows)):
@@ -914,16 +895,14 @@ def build_tries(lines):
 @torch.no_grad()
 def token_log_probabilities(hidden, head, rows, targets, chunk):
     """Return log softmax(hidden[row] @ head.T)[target] for each of E rows and targets: (E,).
-    hidden (N, C), head (V, C), rows (E,) rising, targets (E,), `chunk` rows of logits at a time."""
-    N = len(hidden)
+    hidden (N, C), head (V, C), rows (E,), targets (E,), `chunk` rows of logits at a time."""
     scores = torch.empty_like(targets, dtype=hidden.dtype)
-    starts = torch.arange(0, N + chunk, chunk, device=rows.device)
-    bounds = torch.searchsorted(rows, starts).tolist()          # which of the E are in which chunk
-    for i, (first, last) in zip(range(0, N, chunk), itertools.pairwise(bounds)):
+    for i in range(0, len(hidden), chunk):
         logits = hidden[i:i + chunk] @ head.T                                       # (n, V)
         level = logits.logsumexp(-1)
-        row = rows[first:last] - i                                                  # in this chunk
-        scores[first:last] = logits[row, targets[first:last]] - level[row]
+        here = (i <= rows) & (rows < i + chunk)                 # which of the E are in this chunk
+        row = rows[here] - i
+        scores[here] = logits[row, targets[here]] - level[row]
     return scores
 
 def score_tries(model, tries):
@@ -931,9 +910,8 @@ def score_tries(model, tries):
     device = model.head.device
     pad = nn.utils.rnn.pad_sequence
     # Pad the rows. Row i sees column j if node i is node j, or one of its descendants.
-    ids = pad([torch.tensor(trie.ids) for trie in tries], batch_first=True)             # (B, T)
-    depth = pad([torch.tensor(trie.depth) for trie in tries], batch_first=True)
-    end = pad([torch.tensor(trie.end) for trie in tries], batch_first=True)
+    ids, depth, end = (pad([torch.tensor(getattr(trie, name)) for trie in tries], True)
+                       for name in ("ids", "depth", "end"))                             # (B, T)
     T = ids.shape[1]
     node = torch.arange(T)
     row = node[:, None]
@@ -941,15 +919,13 @@ def score_tries(model, tries):
     sees = below | torch.eye(T, dtype=torch.bool)       # padding sees itself: no softmax is empty
     tree = Tree(depth.to(device), sees[:, None].to(device))
     hidden = model.hidden(ids.to(device), tree=tree).flatten(0, 1)                      # (B * T, C)
-    # Ask for the edges of all tries, in the order of their nodes.
+    # ask for the edges of all tries
     rows = [b * T + i for b, trie in enumerate(tries) for i, _ in trie.edges]
-    targets = torch.tensor([target for trie in tries for _, target in trie.edges])
-    rows, order = torch.tensor(rows).sort()
-    rows = rows.to(device)
-    targets = targets[order].to(device)
-    found = token_log_probabilities(hidden, model.head, rows, targets, chunk=256)
-    scores = np.empty(len(rows))
-    scores[order.numpy()] = found.double().cpu().numpy()
+    rows = torch.tensor(rows, device=device)
+    targets = [target for trie in tries for _, target in trie.edges]
+    targets = torch.tensor(targets, device=device)
+    scores = token_log_probabilities(hidden, model.head, rows, targets, chunk=256)
+    scores = scores.double().cpu().numpy()
     sizes = [len(trie.edges) for trie in tries]
     return np.split(scores, np.cumsum(sizes)[:-1])
 
@@ -981,13 +957,13 @@ def reading(path):
     """Turn whatever a damaged file raises inside into one sentence that names the file."""
     try:
         yield
-    except (MemoryError, click.ClickException):
+    except (MemoryError, ClickException):
         raise
     except Exception as error:                      # a damaged file fails in a hundred ways
         if getattr(error, "filename", None):
             raise                                   # it cannot be opened at all
         reason = " ".join(str(error).split())[:200]
-        raise click.ClickException(f"{path} is damaged: {reason or 'it ends too early'}: "
+        raise ClickException(f"{path} is damaged: {reason or 'it ends too early'}: "
                                    "correct it, or remove it.")
 
 @contextlib.contextmanager
@@ -1009,7 +985,6 @@ def write_json(path, value):
         file.write((json.dumps(value, indent=2) + "\n").encode())
 
 def read_json(path):
-    """Read the JSON object in a file."""
     with reading(path):
         value = json.loads(path.read_bytes())
         need(isinstance(value, dict), f"{path} holds a {type(value).__name__}: expected an object.")
@@ -1046,8 +1021,7 @@ class Settings:
     random_offset: bool = setting(True, "Shift each row by 0 to T - 1 tokens, anew each epoch.")
     seed: int = setting(0, "Seed of the weights, the order of the rows and dropout.")
     # the shape of the model
-    init: str = setting("", "Begin with the weights, shape and tokenizer of this folder, a run or "
-                        "any Hugging Face LLaMA or GPT-2.", path=True)
+    init: str = setting("", "Begin with this folder's weights, shape and tokenizer.", path=True)
     model_type: str = setting("llama", "Architecture.", ("llama", "gpt2"))
     width: int = setting(512, "C, the size of a hidden state.", low=1, high=2**20)
     layers: int = setting(16, "Blocks of attention and feed-forward network.", low=1, high=500)
@@ -1068,18 +1042,14 @@ class Settings:
     weight_decay: float = setting(0.01, "Decay of matrices; vectors have none.")
     beta2: float = setting(0.999, "AdamW's memory of the squared gradient.", high=0.99999)
     clip: float = setting(1.0, "Longest gradient, as a norm over all weights; 0: any length.")
-    keep: str = setting("last", "Which weights are kept: the last step's, or those of the least "
-                        "held-out loss.", ("last", "best"))
+    keep: str = setting("last", "Weights of the last step, or of least dev loss.", ("last", "best"))
     # what the student is asked to do (the paper's Eqs. 1, 2, 3 and 9)
     objective: str = setting("ce", "Cross-entropy, or with a divergence.", ("ce", *DIVERGENCES))
     temperature: float = setting(2.0, "tau, which divides logits (Eqs. 6, 7).", low=0.5, high=1000)
     alpha: float = setting(0.5, "Weight of cross-entropy; the rest is divergence (Eq. 9).", high=1)
     beta: float = setting(1.0, "Teacher's share of the mixed logits (Eq. 2); 1: no mixing.", high=1)
     progressive: bool = setting(False, "Lower beta from epoch to epoch (Eq. 3).")
-    mixing: str = setting("constant", "The student's part of the mixed logits in the gradient.",
-                          ("constant", "differentiated"))
-    reduction: str = setting("token", "The divergence's mean: by token, or BabyLlama's, by row.",
-                             ("token", "batchmean"))
+    reduction: str = setting("token", "The divergence's mean, or row sum.", ("token", "batchmean"))
     fkl_weight: float = setting(0.5, "Share of forward KL in fkl+rkl.", high=1)
     mu: float = setting(0.5, "Teacher's mass in the likely tokens of akl and akl-r.", high=1)
     skew: float = setting(0.1, "Share of p (skl) or q (srkl) mixed in.", low=1e-3, high=0.999)
@@ -1089,16 +1059,14 @@ class Settings:
     teachers: int = setting(0, "How many of the config's teachers to learn from.", high=2)
     device: str = setting("auto", "Where to compute.", ("auto", "cpu", "cuda"))
     threads: int = setting(0, "Processor threads; 0: one if small, else torch's choice.", high=1024)
-    precision: str = setting("auto", "Of a step's matmuls; auto: fp32, and on a GPU bf16 or fp16.",
-                             ("auto", *PRECISIONS))
+    precision: str = setting("auto", "Of matmuls; auto: on a GPU half.", ("auto", *PRECISIONS))
     teacher_precision: str = setting("auto", "As --precision, for teachers.", ("auto", *PRECISIONS))
     compile: bool = setting(True, "Compile the models on a GPU.")
     micro_batch: int = setting(0, "Rows in memory at once, a divisor of the batch; 0: all.")
     chunk: int = setting(0, "Rows of logits that the loss holds at once; 0: 304, 1,024 on a GPU.")
     eval_every: int = setting(0, "Steps between held-out losses; 0: ten in all.")
     dev_tokens: int = setting(0, "Read about this many held-out tokens, evenly spread; 0: all.")
-    checkpoints: str = setting("", "Save the model when so many words were read, such as 500k,1M, "
-                               "in folders chck_500k, ... of the run; babylm: what BabyLM asks.")
+    checkpoints: str = setting("", "Save at so many words: 500k,1M; babylm: as BabyLM asks.")
     pairs: str = setting("", "Minimal pairs, or none; empty: those in data/.", path=True)
     sample: int = setting(0, "Score about this many pairs, evenly spread; 0: all.")
     save_minutes: float = setting(10.0, "Minutes between checkpoints.")
@@ -1196,9 +1164,6 @@ def load_vocabulary(path):
         if beside.exists():
             files[name] = beside.read_bytes()
             roles = roles if "added_tokens_decoder" in roles else roles | read_json(beside)
-    if str(roles.get("tokenizer_class")).startswith("LlamaTokenizer"):
-        click.echo(f"{path}: transformers 5 rebuilds a LlamaTokenizer, and may split texts in "
-                   "another way than this file says, which is the way here.", err=True)
     config = path.with_name("config.json")
     facts = read_json(config) if config.exists() else {}
     special = [i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]
@@ -1212,15 +1177,14 @@ def load_vocabulary(path):
             prefix_id = tokenizer.token_to_id(token) if isinstance(token, str) else None
             if prefix_id is not None and prefix_id < limit:
                 return Vocabulary(tokenizer, prefix_id, files)
-    raise click.ClickException(f"{path}: no token begins a text: expected a bos_token or eos_token "
+    raise ClickException(f"{path}: no token begins a text: expected a bos_token or eos_token "
                                "in the tokenizer_config.json beside it.")
 
 def fingerprint(vocabulary):
     """Hash all that decides which ids a text becomes."""
     parts = json.loads(vocabulary.tokenizer.to_str())
     parts = [parts[key] for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")]
-    parts = json.dumps(parts).encode()
-    return digest(parts, f"{vocabulary.prefix_id}".encode())
+    return digest(json.dumps([parts, vocabulary.prefix_id]).encode())
 
 def read_corpus(settings, cache):
     """Read and encode the corpus; keep a tokenizer in a folder named by a hash of its source."""
@@ -1233,7 +1197,7 @@ def read_corpus(settings, cache):
     text = digest(*("\n".join(lines).encode() for lines in texts))
     folder = Path(settings.tokenizer)
     if not settings.tokenizer:
-        source = digest(text.encode(), str(settings.vocab_size).encode())
+        source = digest(f"{text} {settings.vocab_size}".encode())
         folder = cache / f"tokenizer-{source[:12]}"
         rank, size = rank_and_size()
         if rank == 0 and not (folder / "tokenizer.json").exists():
@@ -1247,17 +1211,6 @@ def read_corpus(settings, cache):
 
 # 10. GPT-2, the second coach -------------------------------------------------
 
-class Conv1D(nn.Module):
-    """A linear layer whose weight is stored (in, out), as GPT-2's files have it."""
-
-    def __init__(self, inputs, outputs):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(inputs, outputs))
-        self.bias = nn.Parameter(torch.empty(outputs))
-
-    def forward(self, x):
-        return x @ self.weight + self.bias
-
 class GPT2Block(nn.Module):
     """As LlamaBlock, with biases, dropout, GELU and no rotation: (B, T, C) -> (B, T, C)."""
 
@@ -1268,10 +1221,9 @@ class GPT2Block(nn.Module):
         self.dropout = config.dropout
         self.ln_1 = nn.LayerNorm(C, config.norm_eps)
         self.ln_2 = nn.LayerNorm(C, config.norm_eps)
-        self.attn = nn.ModuleDict({"c_attn": Conv1D(C, 3 * C),
-                                   "c_proj": Conv1D(C, C)})
-        self.mlp = nn.ModuleDict({"c_fc": Conv1D(C, config.inner),
-                                  "c_proj": Conv1D(config.inner, C)})
+        self.attn = nn.ModuleDict({"c_attn": nn.Linear(C, 3 * C), "c_proj": nn.Linear(C, C)})
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(C, config.inner),
+                                  "c_proj": nn.Linear(config.inner, C)})
 
     def forward(self, x, past, mask):
         causal = not past and mask is None
@@ -1303,8 +1255,9 @@ class GPT2(nn.Module):
     def head(self):
         return (self.lm_head or self.wte).weight
 
-    def hidden(self, ids, cache=None, tree=None):
-        """(B, T) -> (B, T, C). Cache and tree are as Llama's."""
+    layers = property(lambda self: self.h)
+
+    def hidden(self, ids, cache=None, tree=None):                   # cache and tree: as in Llama
         start = cache[0][0].shape[2] if cache and cache[0] else 0       # positions in the cache
         positions = torch.arange(start, start + ids.shape[1], device=ids.device)
         x = self.wte(ids) + self.wpe(tree.depth if tree else positions)
@@ -1323,8 +1276,7 @@ def empty_model(config, vocab_size):
 def new_model(config, vocab_size, seed):
     """Make a model with Hugging Face's initial weights: N(0, 0.02), 0 in biases, 1 in norms."""
     model = empty_model(config, vocab_size).to_empty(device="cpu")
-    generator = torch.Generator()                           # the same weights for every device
-    generator.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)         # the same weights for every device
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # GPT-2 shrinks what returns into the residual stream, so that the sum keeps its size.
@@ -1357,8 +1309,7 @@ def to_hf_config(config, vocabulary):
     """Return what config.json says of a model."""
     kind = config.model_type
     config = replace(config, kv_heads=config.kv_heads or config.heads)
-    sizes = {key: getattr(config, name)
-             for name, (key, _) in HF_KEYS[kind].items()}
+    sizes = {key: getattr(config, name) for name, (key, _) in HF_KEYS[kind].items()}
     if kind == "gpt2":
         sizes |= {"attn_pdrop": config.dropout, "embd_pdrop": config.dropout}
     # A text ends where the next one begins, and so does what transformers generates.
@@ -1366,8 +1317,7 @@ def to_hf_config(config, vocabulary):
     newline = tokenizer.encode("\n", add_special_tokens=False).ids[-1:]
     end = newline[0] if config.prefix == "none" and newline else vocabulary.prefix_id
     pad = tokenizer.token_to_id("<pad>")
-    name = "LlamaForCausalLM" if kind == "llama" else "GPT2LMHeadModel"
-    return {"architectures": [name],
+    return {"architectures": ["LlamaForCausalLM" if kind == "llama" else "GPT2LMHeadModel"],
             "model_type": kind, "vocab_size": vocabulary.size, **sizes, **HF_FIXED[kind],
             "bos_token_id": vocabulary.prefix_id, "eos_token_id": end,
             "pad_token_id": end if pad is None else pad, "dtype": "float32"}
@@ -1404,11 +1354,11 @@ def from_hf_config(path):
 def write_safetensors(path, tensors):
     """Write a safetensors file: its header's length in 8 bytes, the header in JSON, the values."""
     header = {"__metadata__": {"format": "pt"}}
+    codes = {dtype: code for code, dtype in DTYPES.items()}
     end = 0
     for name, tensor in tensors.items():
-        code = next(code for code, dtype in DTYPES.items() if dtype == tensor.dtype)
-        offsets = [end, end + tensor.nbytes]
-        header[name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": offsets}
+        header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [end, end + tensor.nbytes]}
         end += tensor.nbytes
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                 # the values start at a multiple of 8 bytes
@@ -1440,6 +1390,10 @@ def read_safetensors(path):
             tensors[name] = raw.view(DTYPES[entry["dtype"]]).view(entry["shape"])
     return tensors
 
+def stored(name, tensor):
+    """Turn a weight as a file has it, or back: GPT-2's blocks are stored (in, out)."""
+    return tensor.transpose(0, -1).contiguous() if re.search(r"\.c_\w+\.w", name) else tensor
+
 def save_model(folder, model, vocabulary):
     """Write the model's folder, the weights last: a folder that has them is finished."""
     facts = to_hf_config(model.config, vocabulary)
@@ -1451,7 +1405,8 @@ def save_model(folder, model, vocabulary):
             file.write(content)
     weights = {}
     for name, parameter in model.named_parameters():
-        weights[name if name.startswith("lm_head") else model.prefix + name] = parameter
+        whole = name if name.startswith("lm_head") else model.prefix + name
+        weights[whole] = stored(name, parameter)
     write_safetensors(folder / "model.safetensors", weights)
 
 def load_model(folder, device):
@@ -1469,7 +1424,7 @@ def load_model(folder, device):
     found = {}
     for shard in sorted(shards):
         for name, tensor in read_safetensors(folder / shard).items():
-            found[name.removeprefix(model.prefix)] = tensor.float()
+            found[name.removeprefix(model.prefix)] = stored(name, tensor).float()
     head = found.pop("lm_head.weight", None) if config.tied else None   # some hold it twice
     with reading(f"{folder} (config.json, or the weights)"):
         model.load_state_dict(found, assign=True)
@@ -1513,24 +1468,23 @@ def step_dtype(settings, device):
 
 @torch.no_grad()
 def held_out_loss(model, ids, settings, dtype=torch.float32):
-    """Return the cross-entropy of held-out text in nats per token; None for less than a row.
-    The model's matmuls are in `dtype`, as in training; the logits are in fp32."""
+    """Return held-out cross-entropy, nats a token, or None for less than a row; blocks in dtype."""
     # The rows of T tokens are fixed: all of them, or every k-th where fewer tokens are asked for.
     T = settings.context
     every = max(1, round(len(ids) / settings.dev_tokens)) if settings.dev_tokens else 1
     starts = np.arange(0, len(ids) - T, T)[::every]
-    plain = replace(settings, objective="ce")
     was_training = model.training
     model.eval()
     total = 0.0
     for i in range(0, len(starts), settings.batch_size):
         batch = windows(ids, starts[i:i + settings.batch_size], T)
         inputs, targets = (rows.to(model.head.device) for rows in batch)
-        with torch.compiler.set_stance("force_eager"):      # too few calls to compile for
-            with torch.autocast(inputs.device.type, dtype, enabled=dtype != torch.float32):
-                hidden = model.hidden(inputs).flatten(0, 1)
-            total += FusedLoss.apply(hidden, model.head, targets.flatten(), None, None, plain,
-                                     1.0)[1][0]
+        half = torch.autocast(inputs.device.type, dtype, enabled=dtype != torch.float32)
+        with half, torch.compiler.set_stance("force_eager"):    # too few calls to compile for
+            hidden = model.hidden(inputs).flatten(0, 1)
+        rows = torch.arange(len(hidden), device=hidden.device)
+        total -= token_log_probabilities(hidden.float(), model.head, rows, targets.flatten(),
+                                         chunk=256).double().sum()
     model.train(was_training)
     return float(total) / (len(starts) * T) if len(starts) else None
 
@@ -1549,11 +1503,11 @@ class Run:
 
 def describe_run(run, corpus, device):
     """Return what run.json says: all that it takes to know, and to repeat, what was done."""
-    given = [each.out for each in run.teachers]
-    given += [Path(run.settings.init)] if run.settings.init else []
-    weights = [weight for folder in given for weight in weights_digests(folder)]
+    given = [str(each.out) for each in run.teachers]
+    given += [run.settings.init] if run.settings.init else []
+    weights = [weight for folder in given for weight in weights_digests(Path(folder))]
     return {"argv": sys.argv[1:], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "settings": asdict(run.settings), "teachers": [str(each.out) for each in run.teachers],
+            "settings": asdict(run.settings), "teachers": given[:len(run.teachers)],
             "digests": {**corpus.digests, "weights": weights, "code": file_digest(Path(__file__))},
             "words": corpus.words, "checkpoints": checkpoint_steps(corpus, run.settings),
             "machine": {"device": device, "processes": rank_and_size()[1],
@@ -1598,9 +1552,8 @@ def describe_plan(run, corpus):
     tokens = settings.batch_size * settings.context
     parameters = sum(parameter.numel() for parameter in model.parameters())
     words = words_read(steps, corpus, settings)
-    limit = ""
-    if words > 1e8 and corpus.words < 1.1e7:
-        limit = ", of which BabyLM's strict-small track allows 100 million"
+    much = words > 1e8 and corpus.words < 1.1e7
+    limit = ", of which BabyLM's strict-small track allows 100 million" if much else ""
     kept = ", ".join(checkpoint_steps(corpus, settings)) or "none: too few words"
     return (f"{settings.model_type}, {parameters:,} parameters, {describe_loss(settings)}, "
             f"{steps:,} steps of {tokens:,} tokens, {steps / per_epoch:.2g} epochs, about "
@@ -1614,9 +1567,8 @@ def write_card(run, corpus, found):
     begun = Path(run.settings.init).resolve().name if run.settings.init else "scratch"
     text = (f"---\nlibrary_name: transformers\n---\n# {run.out.resolve().name}\n\nA language model "
             f"trained with ChooBaCa from {begun}: {describe_plan(run, corpus)}{found}.\n\n"
-            f"- Text: {Path(run.settings.text).name}, {corpus.words:,} words\n"
-            f"- Teachers: {teachers or 'none'}\n"
-            f"- Settings that are not the defaults: {json.dumps(settings)}\n")
+            f"- Text: {Path(run.settings.text).name}, {corpus.words:,} words\n- Teachers: "
+            f"{teachers or 'none'}\n- Settings that are not the defaults: {json.dumps(settings)}\n")
     with written_whole(run.out / "README.md") as file:
         file.write(text.encode(errors="replace"))
 
@@ -1671,14 +1623,14 @@ def begin_run(run, record, steps, log, resume, parts):
         load_state(state, progress, parts)
         need(0 < progress["step"] < steps,
              f"{state} is damaged: it is of step {progress['step']} of {steps}.")
-    if rank_and_size()[0] == 0:
-        log.truncate(min(progress["logged"], log.tell()))
-        for path in run.out.rglob(".choobaca-[0-9]*-*"):    # of a killed process
-            path.unlink()
-    if rank_and_size()[0] == 0 and not progress["step"]:
-        state.unlink(missing_ok=True)
-        for folder in [run.out, *run.out.glob("chck_*")]:   # of an earlier run
-            (folder / "model.safetensors").unlink(missing_ok=True)
+    if rank_and_size()[0]:
+        return progress
+    log.truncate(min(progress["logged"], log.tell()))
+    for path in run.out.rglob(".choobaca-[0-9]*-*"):        # of a killed process
+        path.unlink()
+    if not progress["step"]:
+        for path in [state, *run.out.glob("model.safetensors"), *run.out.glob("chck_*/model.*")]:
+            path.unlink(missing_ok=True)                    # of an earlier run
         write_json(run.out / "run.json", record)
     return progress
 
@@ -1690,40 +1642,35 @@ def locked_log(folder):
     path = Path(os.devnull) if rank else folder / "log.jsonl"       # rank 0 writes
     with open(path, "a") as log:
         try:
-            if fcntl and not rank:
+            if os.name == "posix" and not rank:     # Windows has no such lock
+                import fcntl
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise click.ClickException(f"{folder}: another process is training this run: wait.")
+            raise ClickException(f"{folder}: another process is training this run: wait.")
         yield log
 
 class RecordedStep:
-    """train_step as a CUDA graph: its some thousand kernels are launched once, recorded, and then
-    repeated with one launch a step. A GPU is faster than Python launches kernels."""
+    """train_step as a CUDA graph: its thousand kernels are recorded once, and a later step is one
+    launch. Launching them one by one takes Python longer than a GPU takes to run them."""
 
-    def __init__(self):
-        self.graph = self.beta = None
+    calls, beta = 0, None
 
-    def __call__(self, model, optimizer, coach, inputs, targets, settings, beta, dtype, scaler):
-        # what is recorded stays in its place: rows and learning rate are copied there
-        if self.graph is None:
-            self.inputs, self.targets = inputs.clone(), targets.clone()
-            self.rate = torch.zeros((), device=inputs.device)
-        if beta != self.beta:
-            self.beta, self.calls = beta, 0
-        self.calls += 1
-        self.inputs.copy_(inputs)
-        self.targets.copy_(targets)
-        self.rate.fill_(optimizer.param_groups[0]["lr"])
-        for group in optimizer.param_groups:
-            group["lr"] = self.rate
-        step = functools.partial(train_step, model, optimizer, coach, self.inputs, self.targets,
-                                 settings, beta, dtype, scaler)
-        if self.calls < 3:                      # what is compiled is compiled in the first steps
-            return step()
-        if self.calls == 3:
+    def __call__(self, model, optimizer, coach, inputs, targets, settings, beta, *rest):
+        groups = optimizer.param_groups
+        batch, lr = torch.stack([inputs, targets]), groups[0]["lr"]
+        self.calls = self.calls + 1 if beta == self.beta else 1
+        self.beta = beta
+        if self.calls < 3:                      # the first ones compile, and set up the optimizer
+            return train_step(model, optimizer, coach, *batch, settings, beta, *rest)
+        if self.calls == 3:                     # what a graph reads and writes stays in its place
+            self.batch, self.lr = batch.clone(), torch.zeros((), device=batch.device)
+            for group in groups:
+                group["lr"] = self.lr
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):
-                self.row = step()
+                self.row = train_step(model, optimizer, coach, *self.batch, settings, beta, *rest)
+        self.batch.copy_(batch)
+        self.lr.fill_(lr)
         self.graph.replay()
         return self.row.clone()
 
@@ -1733,8 +1680,7 @@ def write_step(run, line, row, scaler, log, bar):
     # fp16 leaves out a step whose gradient was too large
     sound = math.isfinite(loss) and (scaler.is_enabled() or math.isfinite(norm))
     need(sound and scaler.get_scale() > 1e-6, f"{run.out}: step {line['step']} has a loss of "
-         f"{loss:.4g} and a gradient of {norm:.4g}: begin again with a lower --lr, or a sound "
-         "teacher.")
+         f"{loss:.4g}, a gradient of {norm:.4g}: take a lower --lr, or a sound teacher.")
     line |= {"loss": loss, "ce": ce, "norm": norm} | ({"kl": kl} if "beta" in line else {})
     log.write(json.dumps(line) + "\n")
     log.flush()
@@ -1756,18 +1702,16 @@ def fit(run, corpus, device, log, resume=False):
     scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler}
     if settings.keep == "best":
-        parts["best"] = new_model(settings, V, settings.seed).to(device)
+        parts["best"] = copy.deepcopy(model)
     teachers = [load_model(teacher.out, device)[0] for teacher in run.teachers]
     teacher_dtype = PRECISIONS.get(settings.teacher_precision, dtype)
     coach = Coach(teachers, teacher_dtype, V) if teachers else None
-    take_step = train_step
+    step_by = train_step
     if settings.compile and device == "cuda":
-        for module in itertools.chain(*(each.modules() for each in [model, *teachers])):
-            if isinstance(module, nn.ModuleList):       # its blocks are alike: compiled once
-                for block in module:
-                    block.compile(dynamic=False)
+        for block in itertools.chain(*(each.layers for each in [model, *teachers])):
+            block.compile(dynamic=False)                # alike, so compiled once
         if size == 1 and not scaler.is_enabled():       # the scaler looks at every gradient
-            take_step = RecordedStep()
+            step_by = RecordedStep()
     progress = begin_run(run, describe_run(run, corpus, device), steps, log, resume, parts)
     first = progress["step"]
     bar = tqdm(total=steps, initial=first, desc=run.name, unit=" steps", disable=rank > 0)
@@ -1785,12 +1729,10 @@ def fit(run, corpus, device, log, resume=False):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             batch = batch_at(step, corpus.train, settings)
-            inputs, targets = (rows.tensor_split(size)[rank].to(device)
-                               for rows in batch)
+            inputs, targets = (rows.tensor_split(size)[rank].to(device) for rows in batch)
             seed = (settings.seed * 2**32 + step) * size + rank                         # dropout
             torch.manual_seed(seed % 2**63)
-            row = take_step(model, optimizer, coach, inputs, targets, settings, beta, dtype,
-                            scaler)
+            row = step_by(model, optimizer, coach, inputs, targets, settings, beta, dtype, scaler)
             line = {"step": step + 1, "epoch": (step + 1) / per_epoch,
                     "words": round(words_read(step + 1, corpus, settings)), "lr": lr}
             line |= {"beta": beta} if coach else {}
@@ -1828,7 +1770,7 @@ def fit(run, corpus, device, log, resume=False):
             (run.out / "state.pt").unlink(missing_ok=True)
         number = stop_signal(received, device) or number        # all wait until rank 0 has written
     if number and rank == 0:
-        click.echo(f"{run.name}: stopped after step {step + 1:,} of {steps:,}, which is kept. To "
+        echo(f"{run.name}: stopped after step {step + 1:,} of {steps:,}, which is kept. To "
                    "go on: the same command with --resume.", err=True)
     if number:
         sys.exit(128 + number)
@@ -1870,20 +1812,24 @@ def group_by(items, key):
         groups.setdefault(key(item), []).append(item)
     return groups
 
-def read_pair(line, path, number, rule="2024"):
-    """Read a line of BLiMP's kind (two sentences) or of EWoK's (one context, two targets)."""
+def read_pair(line, path, number, rule="2024", names=None):
+    """Read a line, JSON or of a .tsv with these `names`: two sentences, or EWoK's four texts."""
     try:
-        item = json.loads(line)
+        if names is None:
+            item = json.loads(line)
+        else:                                               # what is surplus has the name None
+            cells = (row.decode("utf-8-sig").split("\t") for row in (names, line))
+            item = dict(itertools.zip_longest(*cells))
         keys = ("sentence_good", "sentence_bad")
         if "Target1" in item:
             keys = ("Target1", "Target2", "Context1", "Context2")
         good, bad, *contexts = texts = [item[key] for key in keys]
-        need(all(text.strip() for text in texts) and "null" not in item, "no text, or too many")
+        need(all(text.strip() for text in texts) and None not in item, "no text, or too many")
         paradigm = str(item.get("UID", item.get("Domain", path.stem)))
         term = str(item.get("linguistics_term", paradigm))
         "".join([*texts, paradigm, term]).encode()  # fails on what is no string, or half of one
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, click.ClickException):
-        raise click.ClickException(                 # EWoK's text is not to be spread
+    except Exception:                   # of a dozen kinds, and EWoK's text is not to be spread
+        raise ClickException(
             f"{path}, line {number}: expected strings sentence_good and sentence_bad, or Context1, "
             "Context2, Target1 and Target2: keys of a JSON object, or names of columns.")
     term = term.replace("s-selection", "argument_structure")        # as BLiMP's paper counts them
@@ -1894,22 +1840,16 @@ def read_pair(line, path, number, rule="2024"):
     space = " " if rule == "2024" else ""
     return Pair((given, space + good), (given, space + bad), paradigm, term, path, number)
 
-def pair_lines(path):
-    """Return the lines of a file of pairs, JSON; a .tsv's rows are made such, surplus as "null"."""
-    lines = path.read_bytes().splitlines()
-    if path.suffix == ".tsv":
-        with reading(path):
-            names, *rows = [line.decode("utf-8-sig").split("\t") for line in lines]
-            rows = [dict(itertools.zip_longest(names, row)) if any(row) else "" for row in rows]
-            lines = ["", *(json.dumps(row) if row else "" for row in rows)]
-    return lines
-
 def read_pairs(folder, sample=0, rule="2024"):
     """Read the pairs in a folder or a file, all or about `sample`, evenly spread."""
     paths = [folder] if folder.is_file() else sorted(folder.glob("[!.]*"))
     paths = [path for path in paths if path.suffix in (".jsonl", ".tsv") and path.is_file()]
-    pairs = [read_pair(line, path, number, rule) for path in paths
-             for number, line in enumerate(pair_lines(path), 1) if line.strip()]
+    pairs = []
+    for path in paths:
+        lines = path.read_bytes().splitlines()
+        names = lines.pop(0) if path.suffix == ".tsv" and lines else None
+        pairs += [read_pair(line, path, number, rule, names)
+                  for number, line in enumerate(lines, 1 if names is None else 2) if line.strip()]
     need(pairs, f"{folder} holds no minimal pairs, *.jsonl or *.tsv: see data/download.py; to "
          "train without any: --pairs none.")
     return pairs[::max(1, round(len(pairs) / sample)) if sample else 1]
@@ -2040,7 +1980,7 @@ def settings_flags(command):
             kind = click.Choice(field.metadata["choices"])
         default = str(field.default).removeprefix(f"{HOME}/") or "empty"
         text = f"{field.metadata['help']}  [default: {default}]"
-        command = click.option(flag, field.name, default=None, type=kind, help=text)(command)
+        command = option(flag, field.name, default=None, type=kind, help=text)(command)
     return command
 
 def check_keys(table, allowed, source, folder):
@@ -2098,9 +2038,9 @@ def read_settings(config, flags, teachers):
     need(teachers or settings.teachers <= len(tables), f"--teachers {settings.teachers}: {config} "
          f"has {len(tables)} of [[teacher]]: add one, or name a folder with --teacher.")
     # a teacher is as the student, but for its own table and for how the student learns
-    plain = {name: KNOWN[name].default for name in settings_between("objective", "gamma")}
+    own = [*settings_between("objective", "teachers"), "init", "checkpoints"]
+    plain = {name: KNOWN[name].default for name in own}
     tables = [] if teachers else tables[:settings.teachers]
-    plain |= {"teachers": 0, "init": "", "checkpoints": ""}
     return settings, [Settings(**values | plain | table) for table in tables]
 
 def plan_runs(out, folders, settings, described, corpus, device):
@@ -2125,7 +2065,7 @@ def plan_runs(out, folders, settings, described, corpus, device):
         need(fingerprint(vocabulary) == fingerprint(corpus.vocabulary), f"{run.out} has another "
              f"vocabulary than the student ({V:,} tokens): both must share one tokenizer.")
         if len(teacher.head) > V:
-            click.echo(f"{run.out}: logits behind the {V:,} tokens are left out.", err=True)
+            echo(f"{run.out}: logits behind the {V:,} tokens are left out.", err=True)
     runs.append(Run("student" if runs else "model", out, settings, tuple(runs)))
     need(len({run.out.resolve() for run in runs}) == len(runs), "two models would be in one "
          "folder: expected teachers of different settings, and --out to be neither.")
@@ -2148,8 +2088,6 @@ def idle_flags(settings, flags):
     constant = DIVERGENCES.get(settings.objective, (None, None))[1]
     idle = settings_between("temperature" if settings.objective == "ce" else "fkl_weight", "gamma")
     idle += ["vocab_size"] if settings.tokenizer else []
-    idle += ["epochs"] if settings.steps else []
-    idle += ["mixing"] if settings.beta == 1 and not settings.progressive else []
     idle += ["tokenizer", *settings_between("model_type", "dropout")] if settings.init else []
     return ["--" + name.replace("_", "-") for name in idle
             if name != constant and flags[name] is not None]
@@ -2171,8 +2109,8 @@ def print_results(runs, trained, corpus, pairs, device):
         if run in trained:
             write_card(run, corpus, found)
     if pairs:
-        click.echo(pairs_table(results, paradigms=False) + "\n")
-    click.echo("\n".join(lines))
+        echo(pairs_table(results, paradigms=False) + "\n")
+    echo("\n".join(lines))
 
 def choose_device(name):
     """Return cpu or cuda, set up for speed that costs no digit."""
@@ -2197,28 +2135,28 @@ class Cli(click.Group):
         except BrokenPipeError:
             raise
         except KeyboardInterrupt:
-            click.echo("Stopped: what was finished is kept.", err=True)
+            echo("Stopped: what was finished is kept.", err=True)
             sys.exit(130)
         except OSError as error:
-            raise click.ClickException(f"{error.filename or 'Writing failed'}: {error.strerror}.")
+            raise ClickException(f"{error.filename or 'Writing failed'}: {error.strerror}.")
         except (MemoryError, RuntimeError) as error:
             text = f"{type(error).__name__}: {error}"
             if isinstance(error.__context__, OSError):  # torch.save's own error hides the disk's
-                raise click.ClickException(f"Writing failed: {error.__context__.strerror}.")
+                raise ClickException(f"Writing failed: {error.__context__.strerror}.")
             need(not re.search("MemoryError|DefaultCPUAllocator", text), "out of memory: in "
                  "training, give a smaller --micro-batch (rows at once; 0 is all), which does the "
                  "job of activation checkpointing, or --chunk; else a smaller model or sample.")
-            need(not re.search("gloo|nccl", text, re.I), "another process of this run has ended or "
-                 f"does not answer ({text.splitlines()[0]}): start them all again.")
+            need(not re.search("gloo|nccl|device ordinal", text, re.I), "another process of this "
+                 f"run has ended, or has no GPU ({text.splitlines()[0]}): start all of them again.")
             raise
 
 def location(text):
     """Read a path; a shell does not expand the ~ of --out=~/run."""
     return Path(os.path.expanduser(text))
 
-device_option = click.option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto",
-                             help="Where to compute.")
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, not tables.")
+device_option = option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto",
+                       help="Where to compute.")
+json_option = option("--json", "as_json", is_flag=True, help="Print JSON, not tables.")
 
 @click.version_option("1.0", prog_name="ChooBaCa")
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"],
@@ -2232,24 +2170,21 @@ def join_processes(device):
     if "LOCAL_RANK" not in os.environ:
         return
     if device == "cuda":
-        number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        need(number < count, f"this is process {number + 1} of this machine, which has {count} "
-             "GPUs: expected one each. Lower torchrun's --nproc-per-node.")
-        torch.cuda.set_device(number)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo",
                             timeout=datetime.timedelta(hours=1))
     click.get_current_context().call_on_close(dist.destroy_process_group)
 
 @cli.command("train", short_help="Train a model, alone or from teachers.")
-@click.option("-c", "--config", type=location, default=HOME / "configs/tiny.toml",
-              show_default="configs/tiny.toml", help="TOML file of settings.")
-@click.option("-o", "--out", type=location, help="The run's folder; its teachers are beside it.  "
-              "[default: in runs/, named by config, objective, teachers and seed]")
-@click.option("--teacher", "folders", type=location, multiple=True, help="A trained teacher, any "
-              "Hugging Face LLaMA or GPT-2, in place of the config's; twice for two.")
-@click.option("--resume", is_flag=True, help="Go on with interrupted runs from their checkpoints.")
-@click.option("--overwrite", is_flag=True, help="Replace a run; the old one is gone at once.")
-@click.option("--dry-run", is_flag=True, help="Train a tokenizer at most; say what would follow.")
+@option("-c", "--config", type=location, default=HOME / "configs/tiny.toml",
+        show_default="configs/tiny.toml", help="TOML file of settings.")
+@option("-o", "--out", type=location, help="The run's folder; its teachers are beside it.  "
+        "[default: in runs/, named by config, objective, teachers and seed]")
+@option("--teacher", "folders", type=location, multiple=True, help="A trained teacher, any "
+        "Hugging Face LLaMA or GPT-2, in place of the config's; twice for two.")
+@option("--resume", is_flag=True, help="Go on with interrupted runs from their checkpoints.")
+@option("--overwrite", is_flag=True, help="Replace a run; the old one is gone at once.")
+@option("--dry-run", is_flag=True, help="Train a tokenizer at most; say what would follow.")
 @settings_flags
 def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
     """Train a model, alone or from teachers, which are trained first if they are not there yet.
@@ -2262,7 +2197,7 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
     threads = 1 if settings.width < 128 else torch.get_num_threads()    # see data/results.md
     torch.set_num_threads(settings.threads or threads)
     for flag in idle_flags(settings, flags):
-        click.echo(f"{flag} has no effect here.", err=True)
+        echo(f"{flag} has no effect here.", err=True)
     name = f"{config.stem}-{settings.objective}-{settings.teachers}-seed{settings.seed}"
     out = out or Path("runs", name)
     names = {path.name for path in out.glob("*")}
@@ -2294,29 +2229,28 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
         need_same(runs[-1], describe_run(runs[-1], corpus, device), resumed=False)
     rank = rank_and_size()[0]
     if rank == 0:
-        click.echo("\n".join(plan), err=not dry_run)
-    for run in todo if not dry_run else []:
+        echo("\n".join(plan), err=not dry_run)
+    if dry_run:
+        return
+    for run in todo:
         with locked_log(run.out) as log:
             if not run.finished or overwrite and run is runs[-1]:
                 fit(run, corpus, device, log, resume)       # else another command was faster
-    if rank == 0 and not dry_run:
+    if rank == 0:
         print_results(runs, todo, corpus, pairs, device)
 
 @cli.command("eval-blimp")
-@click.option("-m", "--model", "folder", type=location, help="A run, or any Hugging Face folder of "
-              "a LLaMA or GPT-2.  [default: the newest finished run in runs/]")
-@click.option("-d", "--data", type=location, help="Folder of minimal pairs, *.jsonl as BLiMP's or "
-              "EWoK's, or *.tsv.  [default: in data/]")
-@click.option("--suite", type=click.Choice(SUITES), default="blimp", help="Which pairs.")
-@click.option("--rule", type=click.Choice(("2024", "2026")), default="2024",
-              help="Of BabyLM's pipeline of 2024 or 2026 (see README, Minimal pairs).")
-@click.option("--sample", type=click.IntRange(0), default=0,
-              help="Score about this many pairs, evenly spread; 0: all.")
+@option("-m", "--model", "folder", type=location, help="A run, or any Hugging Face folder of "
+        "a LLaMA or GPT-2.  [default: the newest finished run in runs/]")
+@option("-d", "--data", type=location, help="Folder of minimal pairs, *.jsonl as BLiMP's or "
+        "EWoK's, or *.tsv.  [default: in data/]")
+@option("--suite", type=click.Choice(SUITES), default="blimp", help="Which pairs.")
+@option("--rule", type=click.Choice(("2024", "2026")), default="2024", help="BabyLM's, by year.")
+@option("--sample", type=IntRange(0), default=0, help="About so many, evenly spread; 0: all.")
 @device_option
 @json_option
 def eval_blimp_command(folder, data, suite, rule, sample, device, as_json):
     """Score a model on minimal pairs, for `compare` as well.
-
     Example: python choobaca.py eval-blimp --model runs/tiny-rkl-1-seed0"""
     if folder is None:
         finished = sorted(Path("runs").glob("*/model.safetensors"), key=os.path.getmtime)
@@ -2330,13 +2264,13 @@ def eval_blimp_command(folder, data, suite, rule, sample, device, as_json):
     result = summarise(pairs, scores)
     found = {"model": str(folder), "data": str(data).removeprefix(f"{HOME}/"), **result}
     table = f"{folder} on {found['data']}, rule {rule}\n\n{pairs_table({'accuracy': result}, True)}"
-    click.echo(json.dumps(found, indent=2) if as_json else table)
+    echo(json.dumps(found, indent=2) if as_json else table)
     keep_scores(folder, suite if rule == "2024" else f"{rule}-{suite}", pairs, scores)
 
 @cli.command("compare", short_help="Say whether a model is better than another, or lucky.")
 @click.argument("first", type=location)
 @click.argument("others", type=location, nargs=-1, required=True)
-@click.option("--suite", default="blimp", help="By which scores; 2026-blimp: of --rule 2026.")
+@option("--suite", default="blimp", help="By which scores; 2026-blimp: of --rule 2026.")
 @json_option
 def compare_command(first, others, suite, as_json):
     """Say whether other models are better than the first on the pairs that eval-blimp scored.
@@ -2357,18 +2291,18 @@ def compare_command(first, others, suite, as_json):
         tables.append("\n".join(lines))
     tables.append("Better or worse: the 95 % interval leaves out 0, and more than five pairs "
                   "differ.\nWhere nothing differs, up to one row in twenty says so.")
-    click.echo(json.dumps(found, indent=2) if as_json else "\n\n".join(tables))
+    echo(json.dumps(found, indent=2) if as_json else "\n\n".join(tables))
 
 @cli.command("sample")
 @click.argument("run", type=location)
-@click.option("--prompt", default="", show_default="nothing", help="How each text begins.")
-@click.option("--tokens", default=100, type=click.IntRange(1),
-              help="How many to add to a sample at most; with --out, in all or a batch more.")
-@click.option("--temperature", default=1.0, type=click.FloatRange(0, 100),
-              help="By which logits are divided; 0: always the most likely token.")
-@click.option("--count", default=1, type=click.IntRange(1, 10_000), help="Samples.")
-@click.option("--seed", default=0, type=click.IntRange(0), help="Seed of the draws.")
-@click.option("-o", "--out", type=location, help="Write --tokens tokens into a new folder of text.")
+@option("--prompt", default="", show_default="nothing", help="How each text begins.")
+@option("--tokens", default=100, type=IntRange(1),
+        help="How many to add to a sample at most; with --out, in all or a batch more.")
+@option("--temperature", default=1.0, type=click.FloatRange(0, 100),
+        help="By which logits are divided; 0: always the most likely token.")
+@option("--count", default=1, type=IntRange(1, 10_000), help="Samples.")
+@option("--seed", default=0, type=IntRange(0), help="Seed of the draws.")
+@option("-o", "--out", type=location, help="Write --tokens tokens into a new folder of text.")
 @device_option
 def sample_command(run, prompt, tokens, temperature, count, seed, out, device):
     """Let a model write, a line a sample.
@@ -2404,13 +2338,13 @@ def sample_command(run, prompt, tokens, temperature, count, seed, out, device):
             texts = tokenizer.decode_batch([start + row for row in drawn])
             lines += [" ".join(text.split()) for text in texts]
             if not out:
-                return click.echo("\n".join(lines))
+                return echo("\n".join(lines))
             new = sum(len(row) + 1 for row in drawn if row)
             need(new, f"{run} writes nothing but empty lines: train it for longer.")
             bar.update(new)
     with written_whole(out / "sampled.train") as file:
         file.write("".join(line + "\n" for line in lines if line).encode())
-    click.echo(f"{out / 'sampled.train'}: about {bar.n:,} tokens")
+    echo(f"{out / 'sampled.train'}: about {bar.n:,} tokens")
 
 if __name__ == "__main__":
     cli()

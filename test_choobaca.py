@@ -195,7 +195,9 @@ BATCH = some_ids(8, 16), some_ids(8, 16).roll(-1, 1)
 def step_of(m, coach=None, *how, **changes):
     """A step of training, at beta = 1 if nothing else is said: loss, its parts, gradient's norm."""
     s = settings(**changes) if coach else settings(objective="ce")
-    return c.train_step(m, c.make_optimizer(m, s), coach, *BATCH, s, *(how or [1.0]))
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return c.train_step(m, c.make_optimizer(m, s), coach, *BATCH, s, *(how or [1.0]),
+                        torch.float32, scaler)
 
 @mark.parametrize("tau, alpha", [(2.0, 0.5), (1.0, 0.2), (4.0, 0.9), (2.0, 0.0), (2.0, 1.0)])
 def test_the_lesson_in_five_lines_is_the_fused_loss(tau, alpha):
@@ -522,7 +524,7 @@ def whole(inputs, beta=1.0, **changes):
     loss = ce = F.cross_entropy(z, targets[kept], reduction="sum")
     kl = 0 * ce
     if s.objective != "ce":
-        mixed = beta * w + (1 - beta) * (z if s.mixing == "differentiated" else z.detach())
+        mixed = beta * w + (1 - beta) * z.detach()
         log_q, log_p = ((x / s.temperature).log_softmax(-1) for x in (z, mixed))
         kl = s.temperature**2 * LITERAL[s.objective](log_q, log_p, targets[kept, None], s).sum()
         loss = s.alpha * ce + (1 - s.alpha) * (s.context if s.reduction == "batchmean" else 1) * kl
@@ -530,7 +532,6 @@ def whole(inputs, beta=1.0, **changes):
 
 @mark.parametrize("changes", [
     *(dict(objective=name) for name in ("ce", *LITERAL)),
-    *(dict(objective=name, mixing="differentiated") for name in LITERAL),
     dict(alpha=0.0, reduction="batchmean"), dict(objective="fkl", temperature=4.0, alpha=0.9)])
 @mark.parametrize("beta", [1.0, 0.7, 0.1])
 def test_fused_loss_is_the_whole_loss(changes, beta, monkeypatch):
@@ -790,7 +791,8 @@ def test_what_other_programs_write_is_read(tmp_path, vocabulary):
     m = model(V=vocabulary.size, model_type="gpt2", tied=True)
     c.save_model(tmp_path, m, vocabulary)
     (tmp_path / "model.safetensors").unlink()
-    old = m.bfloat16().state_dict() | {"h.0.attn.bias": torch.ones(1, 1, 4, 4)}
+    old = {name: c.stored(name, x) for name, x in m.bfloat16().state_dict().items()}
+    old |= {"h.0.attn.bias": torch.ones(1, 1, 4, 4)}
     for i, shard in enumerate("ab"):
         c.write_safetensors(tmp_path / shard, dict([*old.items()][i::2]))
     c.write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"x": "a", "y": "b"}})
@@ -861,7 +863,8 @@ def test_gpt2_as_on_the_hub(tmp_path, vocabulary, capsys):
     """Old masks of any dtype, no prefix in the names, a special token behind V, no bos beside."""
     m = model(V=vocabulary.size, model_type="gpt2", tied=True).eval()
     c.save_model(tmp_path, m, vocabulary)
-    weights = dict(m.named_parameters()) | {"h.0.attn.bias": torch.ones(1, 1, 4, 4).half()}
+    weights = {name: c.stored(name, x) for name, x in m.named_parameters()}
+    weights |= {"h.0.attn.bias": torch.ones(1, 1, 4, 4).half()}
     path = tmp_path / "model.safetensors"
     c.write_safetensors(path, weights)
     path.write_bytes(path.read_bytes().replace(b'"F16"', b'"U8" '))
@@ -875,8 +878,6 @@ def test_gpt2_as_on_the_hub(tmp_path, vocabulary, capsys):
         assert (known.prefix_id, known.size) == (1, vocabulary.size)
         assert torch.equal(logits(found, some_ids(1, 8)), logits(m, some_ids(1, 8)))
     assert capsys.readouterr().err == ""
-    c.write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer"})
-    assert c.load_model(tmp_path, "cpu") and "transformers 5" in capsys.readouterr().err
     c.write_safetensors(path, weights | {"lm_head.weight": torch.ones_like(m.head)})
     with raises(click.ClickException, match="ties head and embedding"):
         c.load_model(tmp_path, "cpu")
@@ -911,7 +912,7 @@ def test_a_run_is_repeatable_and_looking_changes_nothing(here):
 def test_a_run_says_what_it_is(here):
     """And a dry run, how its loss is weighed in effect, and which flags change nothing."""
     flags = "--dry-run --teachers 2 --objective rkl --alpha 0.25 --reduction batchmean --beta 0.7"
-    told = train("a", flags + " --skew 0.2 --progressive --mixing constant")
+    told = train("a", flags + " --skew 0.2 --progressive")
     assert re.fullmatch(
         "text .*\npairs .*\nteacher 1 .*\nteacher 2 .*\nstudent .*, loss 0.25 ce [+] 96 rkl at "
         "temperature 2, beta 0.7 falling, 6 steps of 256 tokens, 0.029 epochs, about 4.. words\n",
@@ -936,8 +937,7 @@ def test_a_run_says_what_it_is(here):
 
 def test_a_flag_without_effect_is_named(here):
     train("a")
-    for flags in ("--epochs 2", "--beta 0.7 --objective ce", "--width 32 --init a",
-                  "--mixing constant --objective rkl --teachers 1", "--tokenizer a --init a"):
+    for flags in ("--beta 0.7 --objective ce", "--width 32 --init a", "--tokenizer a --init a"):
         told = train("x", f"--dry-run {flags}").stderr
         assert f"{flags.split()[0]} has no effect here.\n" in told
 
@@ -1261,7 +1261,7 @@ def test_what_goes_wrong_in_a_run_is_said(here, saved, vocabulary, monkeypatch):
     c.save_model(saved, broken, vocabulary)
     write_pairs("model/pairs.jsonl", *AB)
     assert "not finite" in error("eval-blimp -m model -d model")
-    for flags, wanted in (("--lr 1e9 --clip 0 --steps 40", "begin again with a lower --lr"),
+    for flags, wanted in (("--lr 1e9 --clip 0 --steps 40", "take a lower --lr"),
                           ("--objective rkl --teacher model --context 16 --pairs none", "sound")):
         assert wanted in untrained("r/a", f"--overwrite {flags}")
     assert not list(here.glob("r/*/*.safetensors"))
@@ -1709,7 +1709,7 @@ def test_the_files_bars():
     assert c.KNOWN.keys() <= {*re.findall(r"(?<=\w)\.(\w+)", SOURCE)} | constants
     quiet = "Import ImportFrom Assign FunctionDef ClassDef".split()
     rest = [ast.unparse(node)[:14] for node in tree.body[1:] if type(node).__name__ not in quiet]
-    assert rest == ["if sys.version", "os.environ.set", "try:\n    impor", "if __name__ =="]
+    assert rest == ["if sys.version", "os.environ.set", "if __name__ =="]
     imports = re.findall(r"^(?:import|from) (\w+)(?:$|\.| as| import)", SOURCE, re.M)
     assert {*imports} - sys.stdlib_module_names == {*"click numpy torch tokenizers tqdm".split()}
 
