@@ -922,8 +922,7 @@ def score_tries(model, tries):
     # ask for the edges of all tries
     rows = [b * T + i for b, trie in enumerate(tries) for i, _ in trie.edges]
     rows = torch.tensor(rows, device=device)
-    targets = [target for trie in tries for _, target in trie.edges]
-    targets = torch.tensor(targets, device=device)
+    targets = torch.tensor([target for trie in tries for _, target in trie.edges], device=device)
     scores = token_log_probabilities(hidden, model.head, rows, targets, chunk=256)
     scores = scores.double().cpu().numpy()
     sizes = [len(trie.edges) for trie in tries]
@@ -1241,6 +1240,7 @@ class GPT2(nn.Module):
     """GPT-2 (Radford et al. 2019): LayerNorm, learned positions, GELU, biases everywhere."""
 
     prefix = "transformer."
+    layers = property(lambda self: self.h)
 
     def __init__(self, config, vocab_size):
         super().__init__()
@@ -1254,8 +1254,6 @@ class GPT2(nn.Module):
     @property
     def head(self):
         return (self.lm_head or self.wte).weight
-
-    layers = property(lambda self: self.h)
 
     def hidden(self, ids, cache=None, tree=None):                   # cache and tree: as in Llama
         start = cache[0][0].shape[2] if cache and cache[0] else 0       # positions in the cache
@@ -2118,9 +2116,8 @@ def choose_device(name):
     need(name != "cuda" or found, "--device cuda: this machine, or this build of torch, has none.")
     device = ("cuda" if found else "cpu") if name == "auto" else name
     torch.set_flush_denormal(True)              # numbers under 1e-38 are a hundred times slower
-    # On AMD, oneDNN is twice as fast as MKL. torch wants bf16 allowed for it: check it is not used.
-    # Its small matmuls make "flash" attention 2 to 5 times slower than the plain one (this flag
-    # is the CPU's as well).
+    # On AMD, oneDNN is twice as fast as MKL, but it slows "flash" attention 2 to 5 times (a CPU
+    # obeys this flag, too). torch wants bf16 allowed for oneDNN: check that it is not used.
     cpu = Path("/proc/cpuinfo")
     if device == "cpu" and cpu.exists() and "AuthenticAMD" in cpu.read_text():
         torch.backends.cuda.enable_flash_sdp(False)
@@ -2310,7 +2307,6 @@ def compare_command(first, others, suite, as_json):
 @device_option
 def sample_command(run, prompt, tokens, temperature, count, seed, out, device):
     """Let a model write, a line a sample.
-
     With --out it writes a text to train on: sequence-level distillation (Kim and Rush 2016).
     Example: python choobaca.py sample runs/tiny-rkl-1-seed0 --prompt "the dog" --count 5"""
     need(not out or not out.exists(), f"{out} is already there: choose another --out.")

@@ -2225,7 +2225,7 @@ def test_cuda_a_tied_head_gets_both_gradients():
 
 @on_cuda
 def test_cuda_no_array_of_all_logits_is_held():
-    """In MB: the most that is held beyond what was there, against N * V numbers of half precision."""
+    """The most bytes held beyond what was there, against N * V numbers of half precision."""
     for objective in ("rkl", "jsd"):
         inputs = there(loss_inputs(torch.float32, 32_768, 64, 64, 8_000), torch.bfloat16)
         fused(inputs, chunk=0, objective=objective)                     # compiles
@@ -2272,22 +2272,50 @@ def test_cuda_a_run_goes_on_from_its_checkpoint(here, monkeypatch):
     train("cpu/whole", flags.replace(DEVICE, "cpu"))
     assert np.allclose(whole, [line["loss"] for line in steps_of("cpu/whole")], 0.01)
 
+def steps_by(step, device):
+    """What 40 steps return, while learning rate, beta, rows and dropout change."""
+    rows, teacher = [], model(sharp=6, seed=5).to(device)
+    m = model(model_type="gpt2", dropout=0.3).to(device).train()
+    optimizer = c.make_optimizer(m, settings())
+    for i, inputs in enumerate(some_ids(40, 8, 16).to(device)):
+        torch.manual_seed(i)
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (i % 5)
+        scaler = torch.amp.GradScaler(device, enabled=False)
+        rows.append(step(m, optimizer, c.Coach([teacher]), inputs, inputs.roll(-1, 1),
+                         settings(micro_batch=4), 1 - i // 20 / 2, torch.float32, scaler))
+    return torch.stack(rows).cpu()
+
 @on_cuda
 def test_cuda_a_recorded_step_is_the_step():
-    """While learning rate, beta, rows and dropout change."""
-    rows, ids, teacher = [], some_ids(40, 8, 16).to(DEVICE), model(sharp=6, seed=5).to(DEVICE)
-    for step in (c.train_step, c.RecordedStep()):
-        m = model(model_type="gpt2", dropout=0.3).to(DEVICE).train()
-        optimizer = c.make_optimizer(m, settings())
-        for i, inputs in enumerate(ids):
-            torch.manual_seed(i)
-            for group in optimizer.param_groups:
-                group["lr"] = 1e-3 * (i % 5)
-            rows.append(step(m, optimizer, c.Coach([teacher]), inputs, inputs.roll(-1, 1),
-                             settings(micro_batch=4), 1 - i // 20 / 2, torch.float32,
-                             torch.amp.GradScaler("cuda", enabled=False)))
-    first, second = torch.stack(rows).cpu().chunk(2)
-    assert (off(first, second, 1) < 1e-4).all()
+    plain, recorded = (steps_by(how, DEVICE) for how in (c.train_step, c.RecordedStep()))
+    assert (off(plain, recorded, 1) < 1e-4).all()
+
+def test_a_recorded_step_runs_on_what_lies_in_its_place(monkeypatch):
+    """A CUDA graph, played on a CPU: recording runs nothing, a replay all with the same tensors."""
+    class Graph:
+        def record(self, model, optimizer, *rest):
+            self.args, self.groups = (model, optimizer, *rest), optimizer.param_groups
+            self.row, self.lr = torch.zeros(4).double(), self.groups[0]["lr"]
+            return self.row
+
+        def replay(self):
+            replayed.append(self)
+            for group in self.groups:
+                group["lr"] = self.lr.item()
+            self.row.copy_(TRAIN_STEP(*self.args))
+
+    @contextlib.contextmanager
+    def recording(graph):
+        monkeypatch.setattr(c, "train_step", graph.record)
+        yield
+        monkeypatch.setattr(c, "train_step", TRAIN_STEP)
+
+    replayed, plain = [], steps_by(c.train_step, "cpu")
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    assert (off(plain, steps_by(c.RecordedStep(), "cpu"), 1) < 1e-5).all()
+    assert len(replayed) == 36 and len({*replayed}) == 2        # two of 20 steps compile, twice
 
 @on_cuda
 def test_cuda_fp16_leaves_out_a_step_that_overflows(here, monkeypatch):
@@ -2325,7 +2353,7 @@ def measure(step, leaves):
     return seconds, max(0, most - before - sum(leaf.nbytes for leaf in leaves))
 
 def record(step, leaves):
-    """A step as a CUDA graph, as it is in training: launches cost nothing. And its peak of bytes."""
+    """A step as a CUDA graph, as it is in training, without launches; and its peak of bytes."""
     for _ in range(3):                                          # compiles
         most = measure(step, leaves)[1]
     for leaf in leaves:
@@ -2421,13 +2449,14 @@ def test_bench_compares_and_weighs():
 
 def test_fast_products_lose_no_digit(monkeypatch):
     """On AMD, bf16 is allowed so that oneDNN is used; where it then rounds to bf16, no longer."""
-    matmul, product = Mock(), torch.Tensor.__matmul__
+    matmul, flash, product = Mock(), Mock(), torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.backends.cuda, "enable_flash_sdp", flash)
     monkeypatch.setattr(torch.backends.mkldnn, "matmul", matmul)
     monkeypatch.setattr(Path, "read_text", lambda path: "AuthenticAMD")
     monkeypatch.setattr(torch.Tensor, "__matmul__",
                         lambda a, b: product(a, b) + (a.dtype == torch.float32))
     c.choose_device("cpu")
-    assert matmul.fp32_precision == "ieee"
+    assert matmul.fp32_precision == "ieee" and flash.call_args.args == (False,)
 
 if __name__ == "__main__":
     benchmark()
