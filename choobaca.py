@@ -795,8 +795,8 @@ def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype, 
 # sum of its tokens' log-probabilities, each given all before it, the prefix token included. A
 # sentence has a leading space. A tie counts for the good sentence. A pair, by the tiny run:
 #
-#     The donkey with the pigs jumps.   -22.99 nats      right, by 3.28 nats,
-#     The donkey with the pigs jump.    -26.27 nats      though "pigs" is next to the verb
+#     The donkey with the pigs jumps.   -22.65 nats      right, by 1.86 nats,
+#     The donkey with the pigs jump.    -24.50 nats      though "pigs" is next to the verb
 
 class Pair(NamedTuple):
     """One line of a file of minimal pairs."""

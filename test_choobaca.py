@@ -1760,7 +1760,7 @@ def test_the_readmes_transformers_block_runs(default_run, monkeypatch):
     assert names["tokenizer"](" the dog").input_ids and names["tokenizer"].bos_token_id == 1
 
 def test_the_readme_is_of_this_program(default_run, monkeypatch):
-    """Two commands' output, accuracies, objectives, keys of the log; section 7's pair to 1 nat."""
+    """Two commands' output, accuracies, objectives, keys of the log; section 7's pair to 3 nats."""
     def first_cells(head):
         cells = re.findall(r"^\| (`.*?) \|", README.split(head)[1].split("\n\n")[0], re.M)
         return {*re.findall("`(.*?)`", " ".join(cells))}
@@ -1781,7 +1781,7 @@ def test_the_readme_is_of_this_program(default_run, monkeypatch):
     lines = LESSON.split("A pair, by the tiny run:")[1].splitlines()[2:4]
     pair = sentences(*(line[6:].split("  ")[0] for line in lines))
     scores, = c.score_pairs(*c.load_model(Path(RUN), "cpu"), pair, "test")
-    assert scores == approx([numbers(line)[0] for line in lines], abs=1)
+    assert scores == approx([numbers(line)[0] for line in lines], abs=3) and scores[0] > scores[1]
 
 # -----------------------------------------------------------------------------
 # data/download.py
