@@ -106,7 +106,7 @@ def plain_loss(z, w, targets, tau, alpha):
     """Return the loss that is the whole lesson, summed over N tokens (the paper's Eq. 9).
 
     z, w (N, V) are the student's and the teacher's logits, targets (N,) the tokens that came. It
-    asks for the token that came, and for every token's probability by the teacher.
+    rewards the token that came, and agreement with the teacher on every token.
 
     It is also what we cannot afford: z, w, log_q, log_p, their exps, products and gradients are
     (N, V) each. FusedLoss in section 5 is this function without them."""
@@ -238,7 +238,7 @@ class Tree(NamedTuple):
 def plain_attention(q, k, v, sees):
     """Let queries q (B, H, T, D) look at keys and values k, v (B, H, S, D): -> (B, H, T, D).
     sees (T, S) is True where a query may look. The models call scaled_dot_product_attention, which
-    does the same without keeping the (T, S) table: the trick that section 5 plays on the logits."""
+    can do it without keeping the (T, S) table: the trick that section 5 plays on the logits."""
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])   # how well key s answers query t
     scores = scores.masked_fill(~sees, -math.inf)               # no looking ahead
     return scores.softmax(-1) @ v                               # a mean of values, so weighted
@@ -338,7 +338,7 @@ class Llama(nn.Module):
         return (self.lm_head or self.embed_tokens).weight
 
     def hidden(self, ids, cache=None, tree=None):
-        """(B, T) -> (B, T, C). `cache` (one list per layer) continues an earlier call; `tree`
+        """(B, T) -> (B, T, C). `cache` (a list per layer) continues earlier calls by one id; `tree`
         replaces the left-to-right positions and the causal mask."""
         start = cache[0][0].shape[2] if cache and cache[0] else 0       # positions in the cache
         D = self.config.width // self.config.heads
@@ -352,7 +352,7 @@ class Llama(nn.Module):
             x = layer(x, cos, sin, past, mask)
         return self.norm(x)
 
-    forward = hidden                # model(ids) in training; only forward can be compiled
+    forward = hidden                # model(ids), as torch's modules are called
 
 # 4. Divergences --------------------------------------------------------------
 #
@@ -448,13 +448,13 @@ def target_apart(log_q, log_p, targets, gamma):
 # Every divergence by its definition, a function of log q, log p (n, V), targets (n, 1), a constant
 # -> (n,), and the setting that is its constant. To add one, add a line.
 DIVERGENCES = {
-    "fkl": (lambda q, p, targets, _: kl(p, q), None),
-    "rkl": (lambda q, p, targets, _: kl(q, p), None),
+    "fkl": (lambda log_q, log_p, targets, _: kl(log_p, log_q), None),
+    "rkl": (lambda log_q, log_p, targets, _: kl(log_q, log_p), None),
     "fkl+rkl": (both_ways, "fkl_weight"),
     "akl": (adaptive, "mu"),
     "akl-r": (functools.partial(adaptive, swapped=True), "mu"),
-    "skl": (lambda q, p, targets, skew: kl(p, mixture(p, q, skew)), "skew"),    # Ko et al. 2024
-    "srkl": (lambda q, p, targets, skew: kl(q, mixture(q, p, skew)), "skew"),
+    "skl": (lambda log_q, log_p, _, skew: kl(log_p, mixture(log_p, log_q, skew)), "skew"),
+    "srkl": (lambda log_q, log_p, _, skew: kl(log_q, mixture(log_q, log_p, skew)), "skew"),
     "jsd": (jensen_shannon, "jsd_beta"),
     "drkl": (target_apart, "gamma"),
 }
@@ -464,13 +464,13 @@ def by_autograd(definition, u, v, targets, constant):
     with torch.enable_grad():
         u = u.detach().double().requires_grad_()        # in float64 no formula loses its digits
         log_q = u.log_softmax(-1)
-        log_p = v.double().log_softmax(-1).clamp(min=-700)      # -inf: costs 700, about 87 below
+        log_p = v.double().log_softmax(-1).clamp(min=-700)      # no -inf
         value = definition(log_q, log_p, targets, constant)
         gradient, = torch.autograd.grad(value.sum(), u)
     return value.detach()[:, None], gradient
 
-# Now the fast way: four divergences with their gradients written out, in fp32 and in place. They
-# take at most a third of by_autograd's time, and a test checks them against it.
+# Now the fast way: four divergences with their gradients written out, in place and in fp32, in a
+# third of the time. Tests hold them equal, but what the teacher rules out costs 87 here, 700 above.
 
 def to_probabilities(u, v):
     """Return q, p and r, all (n, V). v is overwritten, and u's rows have 0 as maximum.
@@ -538,8 +538,8 @@ CLOSED_FORMS = {"fkl": forward_kl, "rkl": reverse_kl, "fkl+rkl": forward_and_rev
 # Each chunk of rows is finished in one go, in the forward pass: its logits and the teacher's are
 # made, turned into the gradient, multiplied back, and forgotten. backward only scales the results.
 #
-#   hidden (N, C)         head (V, C)       N = 4,096, V = 16,000: N x V is 262 MB, 6 to 9 of them
-#      | n rows              |              14 chunks, n = 293: n x V is 19 MB, 2 to 4 of them
+#   hidden (N, C)         head (V, C)       plain_loss, 4,096 x 16,000: 8 arrays of 262 MB
+#      | n rows              |              FusedLoss, 14 chunks, n = 293: 2 to 4 of 19 MB
 #      v                     v
 #   h (n, C) --- @ head.T ---> u (n, V) --- with the teacher's v, and targets ---> d_z, same memory
 #                                                                                   |           |
@@ -593,40 +593,40 @@ def logits_to_gradient_(settings, beta, u, v, targets):
     ce_weight, kl_weight = loss_weights(settings)
     tau = 1.0 if v is None else settings.temperature
     exact = torch.promote_types(u.dtype, torch.float32)
-    z = u.to(exact)                                     # z / tau as yet, in fp32 or better
-    top = z.amax(-1, True)
-    z.sub_(top)                                         # a softmax does not see its level
+    logits = u.to(exact)                                # in fp32 u itself, in half a copy
+    top = logits.amax(-1, True)
+    logits.sub_(top)                                    # a softmax does not see its level
     value = torch.zeros_like(top)
-    gradient = value.expand_as(z)
+    gradient = value.expand_as(logits)                  # zeros, without memory
     if v is not None:
-        value, gradient = divergence_(settings, beta, z, v.to(exact), targets)
-        if kl_weight * tau != 1:
+        value, gradient = divergence_(settings, beta, logits, v.to(exact), targets)
+        if kl_weight * tau != 1:                        # 1 by default: a pass saved
             gradient.mul_(kl_weight * tau)              # tau^2 dDiv/du du/dz, as above
-    # Cross-entropy has no temperature: softmax(z) - onehot = (soft - total onehot) / total.
-    soft = z.mul_(tau).exp_()
-    total = soft.sum(-1, True)
-    above = soft.gather(1, targets) - total
-    observed = torch.addcmul(gradient.gather(1, targets), above, ce_weight / total)
-    torch.addcmul(gradient, soft, ce_weight / total, out=u)
-    u.scatter_(1, targets, observed.to(u.dtype))
+    # Cross-entropy has no temperature: softmax(z) - onehot = (exp_z - total onehot) / total.
+    exp_z = logits.mul_(tau).exp_()
+    total = exp_z.sum(-1, True)
+    rest = exp_z.gather(1, targets) - total
+    at_target = torch.addcmul(gradient.gather(1, targets), rest, ce_weight / total)
+    torch.addcmul(gradient, exp_z, ce_weight / total, out=u)
+    u.scatter_(1, targets, at_target.to(u.dtype))
     return torch.cat([top, total.log_(), value.to(exact)], 1)
 
-CACHE = 2**17       # logits that a core turns into gradients at once: measured to stay in its cache
+BLOCK = 2**17       # logits that a core turns into gradients at once: measured to stay in its cache
 CHUNK = {"cpu": 304, "cuda": 1024}      # rows of logits at once: more need memory and save no time
 
 @functools.cache
 def compiled(function):
-    """Fuse the elementwise operations of a function: each reads and writes all logits otherwise."""
+    """Compile a function: its elementwise operations become a pass over the logits or two."""
     torch._dynamo.config.recompile_limit = 99       # once for each beta and shape
     return torch.compile(function, dynamic=False)
 
 def chunk_to_gradient_(settings, beta, u, v, targets):
-    """Do as logits_to_gradient_ on a whole chunk: compiled on a GPU, else by blocks of rows."""
+    """Do as logits_to_gradient_, by blocks that stay in a core's cache; on a GPU, compiled."""
     closed = v is None or settings.objective in CLOSED_FORMS
     if closed and u.is_cuda and settings.compile:
         return compiled(logits_to_gradient_)(settings, beta, u, v, targets)
     width = u.shape[1] if closed else 2 * u.shape[1]                    # by_autograd has float64
-    block = max(1, CACHE * torch.get_num_threads() // width)
+    block = max(1, BLOCK * torch.get_num_threads() // width)
     sums = []
     for i in range(0, len(u), block):
         part = slice(i, i + block)
@@ -654,7 +654,7 @@ class FusedLoss(torch.autograd.Function):
     def forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, settings, beta):
         """Return sums over the N tokens: the loss, and (2,) cross-entropy and tau^2 divergence.
         The teacher may be None where there is no divergence. A target below 0 is ignored. Matmuls
-        are in hidden's dtype, or autocast's; all else is in fp32 or better."""
+        are in hidden's dtype, or autocast's; softmaxes and sums are in fp32 or better."""
         N, V, kind = len(hidden), len(head), hidden.device.type
         exact = torch.promote_types(hidden.dtype, torch.float32)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
@@ -682,16 +682,16 @@ class FusedLoss(torch.autograd.Function):
             if distilled:
                 v = logits_into(v_memory, teacher_hidden[rows].to(dtype), teacher_head, tau)
             # 2. Turn them into the gradient with respect to z. CE is log sum exp z - z_target.
-            observed = u.gather(1, target)
+            at_target = u.gather(1, target)
             sums = chunk_to_gradient_(settings, beta, u, v, target)
-            top, above, value = sums.double().split(1, 1)
-            ce = above + tau * (top - observed)
+            top, log_total, value = sums.double().split(1, 1)
+            ce = log_total + tau * (top - at_target)            # z is tau u
             parts += (torch.cat([ce, tau**2 * value], 1) * keep).sum(0)
             # 3. Multiply the gradient back into hidden states and head.
             d_hidden[rows] = (u @ head).mul_(keep)
             if dtype == exact:
                 d_head.addmm_(u.T, h * keep)
-            else:                                               # a half-precision product, in fp32
+            else:                                               # products in half, added in fp32
                 d_head += u.T @ (h * keep)
         ctx.save_for_backward(d_hidden, d_head)
         ctx.mark_non_differentiable(parts)
@@ -795,7 +795,7 @@ def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype, 
 # sum of its tokens' log-probabilities, each given all before it, the prefix token included. A
 # sentence has a leading space. A tie counts for the good sentence. A pair, by the tiny run:
 #
-#     The donkey with the pigs jumps.   -22.65 nats      right, by 1.86 nats,
+#     The donkey with the pigs jumps.   -22.65 nats      right, by 1.85 nats,
 #     The donkey with the pigs jump.    -24.50 nats      though "pigs" is next to the verb
 
 class Pair(NamedTuple):
@@ -1063,7 +1063,7 @@ class Settings:
     compile: bool = setting(True, "Compile the models on a GPU.")
     micro_batch: int = setting(0, "Rows in memory at once, a divisor of the batch; 0: all.")
     chunk: int = setting(0, "Rows of logits that the loss holds at once; 0: 304, 1,024 on a GPU.")
-    eval_every: int = setting(0, "Steps between held-out losses; 0: ten in all.")
+    eval_every: int = setting(0, "Steps between held-out losses; 0: at most ten in all.")
     dev_tokens: int = setting(0, "Read about this many held-out tokens, evenly spread; 0: all.")
     checkpoints: str = setting("", "Save at so many words: 500k,1M; babylm: as BabyLM asks.")
     pairs: str = setting("", "Minimal pairs, or none; empty: those in data/.", path=True)
@@ -1389,7 +1389,7 @@ def read_safetensors(path):
     return tensors
 
 def stored(name, tensor):
-    """Turn a weight as a file has it, or back: GPT-2's blocks are stored (in, out)."""
+    """Turn a weight to a file's layout, or back: GPT-2's blocks have theirs (in, out) there."""
     return tensor.transpose(0, -1).contiguous() if re.search(r"\.c_\w+\.w", name) else tensor
 
 def save_model(folder, model, vocabulary):
@@ -1466,7 +1466,7 @@ def step_dtype(settings, device):
 
 @torch.no_grad()
 def held_out_loss(model, ids, settings, dtype=torch.float32):
-    """Return held-out cross-entropy, nats a token, or None for less than a row; blocks in dtype."""
+    """Return held-out cross-entropy, nats a token; None for less than a row. Matmuls in dtype."""
     # The rows of T tokens are fixed: all of them, or every k-th where fewer tokens are asked for.
     T = settings.context
     every = max(1, round(len(ids) / settings.dev_tokens)) if settings.dev_tokens else 1
@@ -1583,7 +1583,7 @@ def signals_kept():
             signal.signal(number, handler)
 
 def stop_signal(received, device):
-    """Return the signal this process was sent, SIGTERM if another one was, or 0."""
+    """Return the signal that this process got, SIGTERM if only another process got one, else 0."""
     count = len(received)
     if dist.is_initialized():
         flag = torch.tensor(count, device=device)
@@ -1611,7 +1611,7 @@ def load_state(path, progress, parts):
         progress |= {name: type(value)(state[name]) for name, value in progress.items()}
 
 def begin_run(run, record, steps, log, resume, parts):
-    """Begin a run in a clean folder, or where its checkpoint is. Return its progress."""
+    """Clear a run's folder of an earlier run, or load its checkpoint. Return the progress."""
     # `logged` is the log's length in bytes, `least` the least held-out loss.
     progress = {"step": 0, "seconds": 0.0, "logged": 0, "least": math.inf}
     state = run.out / "state.pt"
@@ -1648,8 +1648,8 @@ def locked_log(folder):
         yield log
 
 class RecordedStep:
-    """train_step as a CUDA graph: its thousand kernels are recorded once, and a later step is one
-    launch. Launching them one by one takes Python longer than a GPU takes to run them."""
+    """train_step as a CUDA graph: its thousand kernels are recorded once for each beta, and a later
+    step is one launch. Launching them singly takes Python longer than a GPU takes to run them."""
 
     calls, beta = 0, None
 
@@ -1715,7 +1715,7 @@ def fit(run, corpus, device, log, resume=False):
     bar = tqdm(total=steps, initial=first, desc=run.name, unit=" steps", disable=rank > 0)
     started = time.perf_counter() - progress["seconds"]
     saved = time.monotonic()
-    look_every = settings.eval_every or math.ceil(steps / 10)           # ten looks
+    look_every = settings.eval_every or math.ceil(steps / 10)           # ten looks, or fewer
     late = []                                           # steps that are not in the log yet
     folders = checkpoint_steps(corpus, settings)
     with bar, signals_kept() as received:
@@ -1741,8 +1741,8 @@ def fit(run, corpus, device, log, resume=False):
             # its line in the log, one step late where it can be: a GPU never waits for us
             while len(late) > (0 if look or due else 1):
                 seconds = time.perf_counter() - started
-                line, row = late.pop(0)
-                write_step(run, line | {"seconds": seconds}, row, scaler, log, bar)
+                old_line, old_row = late.pop(0)
+                write_step(run, old_line | {"seconds": seconds}, old_row, scaler, log, bar)
             # now and then the held-out loss, which changes nothing, and the folders asked for
             dev_loss = held_out_loss(model, corpus.dev, settings, dtype) if look else None
             if dev_loss is not None:
@@ -2111,13 +2111,13 @@ def print_results(runs, trained, corpus, pairs, device):
     echo("\n".join(lines))
 
 def choose_device(name):
-    """Return cpu or cuda, set up for speed that costs no digit."""
+    """Return cpu or cuda, set up for speed that costs no digit of a normal number."""
     found = torch.cuda.is_available()
     need(name != "cuda" or found, "--device cuda: this machine, or this build of torch, has none.")
     device = ("cuda" if found else "cpu") if name == "auto" else name
     torch.set_flush_denormal(True)              # numbers under 1e-38 are a hundred times slower
     # On AMD, oneDNN is twice as fast as MKL, but it slows "flash" attention 2 to 5 times (a CPU
-    # obeys this flag, too). torch wants bf16 allowed for oneDNN: check that it is not used.
+    # obeys this flag, too). torch wants bf16 allowed for it; this product shows if it is used.
     cpu = Path("/proc/cpuinfo")
     if device == "cpu" and cpu.exists() and "AuthenticAMD" in cpu.read_text():
         torch.backends.cuda.enable_flash_sdp(False)

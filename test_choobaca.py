@@ -540,7 +540,7 @@ def test_fused_loss_is_the_whole_loss(changes, beta, monkeypatch):
     inputs[2][4:6] = -100                                       # ignored
     wanted = whole(inputs, beta, **changes)
     for chunk, cache in ((5, 57), (23, 100), (100, 2**17)):
-        monkeypatch.setattr(c, "CACHE", cache)
+        monkeypatch.setattr(c, "BLOCK", cache)
         assert alike(fused(inputs, beta, chunk, **changes), wanted)
 
 def test_batchmean_is_pytorchs_and_babyllamas():
@@ -2211,11 +2211,10 @@ def test_cuda_fused_loss_is_the_whole_loss(objective):
 
 @on_cuda
 def test_cuda_chunks_and_compiling_change_only_the_rounding():
-    """A last chunk that is shorter, all at once, and not compiled."""
+    """A last chunk that is shorter, against all at once and not compiled."""
     inputs = there(loss_inputs(N=100, V=300))
     wanted = fused(inputs, 0.7, 100, compile=False)
-    for chunk in (33, 100):
-        assert all(off(x, y) < 1e-5 for x, y in zip(fused(inputs, 0.7, chunk), wanted))
+    assert all(off(x, y) < 1e-5 for x, y in zip(fused(inputs, 0.7, 33), wanted))
 
 @on_cuda
 def test_cuda_a_tied_head_gets_both_gradients():
@@ -2234,13 +2233,13 @@ def test_cuda_no_array_of_all_logits_is_held():
         assert 0 < peak(torch.device(DEVICE)) - before < 2 * 32_768 * 8_000, objective
 
 @on_cuda
-@mark.parametrize("kind", [dict(kv_heads=1), dict(model_type="gpt2")])
-def test_cuda_a_compiled_model_is_the_model(kind):
-    ids, exact, slopes = some_ids(4, 16), model(sharp=5, **kind), []
+def test_cuda_a_compiled_model_is_the_model():
+    """Its blocks, with grouped queries; GPT-2's are compiled in the run below."""
+    ids, slopes = some_ids(4, 16), []
     for how in ("cpu", "eager", "compiled"):
-        m = model(sharp=5, **kind).to("cpu" if how == "cpu" else DEVICE).eval()
-        if how == "compiled":
-            m.compile(dynamic=False)
+        m = model(sharp=5, kv_heads=1).to("cpu" if how == "cpu" else DEVICE).eval()
+        for block in m.layers if how == "compiled" else []:
+            block.compile(dynamic=False)
         hidden = m(ids.to(m.head.device))
         (hidden * hidden.detach().roll(1, 0)).sum().backward()
         slopes.append([hidden.detach().cpu(), *(p.grad.cpu() for p in m.parameters()
