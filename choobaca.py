@@ -1304,7 +1304,6 @@ HF_FIXED = {        # what our models always do: written on saving, demanded on 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 def to_hf_config(config, vocabulary):
-    """Return what config.json says of a model."""
     kind = config.model_type
     config = replace(config, kv_heads=config.kv_heads or config.heads)
     sizes = {key: getattr(config, name) for name, (key, _) in HF_KEYS[kind].items()}
@@ -1627,8 +1626,10 @@ def begin_run(run, record, steps, log, resume, parts):
     for path in run.out.rglob(".choobaca-[0-9]*-*"):        # of a killed process
         path.unlink()
     if not progress["step"]:
-        for path in [state, *run.out.glob("model.safetensors"), *run.out.glob("chck_*/model.*")]:
-            path.unlink(missing_ok=True)                    # of an earlier run
+        old = [path for path in run.out.glob("chck_*/model.safetensors")
+               if not path.parent.is_symlink()]             # of an earlier run
+        for path in [*old, state, run.out / "model.safetensors"]:
+            path.unlink(missing_ok=True)
         write_json(run.out / "run.json", record)
     return progress
 
@@ -1686,8 +1687,7 @@ def write_step(run, line, row, scaler, log, bar):
     bar.update()
 
 def fit(run, corpus, device, log, resume=False):
-    """Train a run: its folder gets a log line per step and, at the end, the weights.
-    A run that goes on from a checkpoint ends with the bytes of one that was never interrupted."""
+    """Train a run: a log line a step and, at the end, the weights, to the same bytes if resumed."""
     settings = run.settings
     rank, size = rank_and_size()
     dtype = step_dtype(settings, device)
@@ -1739,13 +1739,15 @@ def fit(run, corpus, device, log, resume=False):
             due = number or time.monotonic() - saved > 60 * settings.save_minutes
             look = last or (step + 1) % look_every == 0
             # its line in the log, one step late where it can be: a GPU never waits for us
-            while len(late) > (0 if look or due else 1):
+            while len(late) > (0 if look or due or step + 1 in folders.values() else 1):
                 seconds = time.perf_counter() - started
                 old_line, old_row = late.pop(0)
                 write_step(run, old_line | {"seconds": seconds}, old_row, scaler, log, bar)
             # now and then the held-out loss, which changes nothing, and the folders asked for
             dev_loss = held_out_loss(model, corpus.dev, settings, dtype) if look else None
             if dev_loss is not None:
+                need(math.isfinite(dev_loss),
+                     f"{run.out}: the held-out loss is {dev_loss}: take a lower --lr.")
                 log.write(json.dumps({"step": step + 1, "dev_loss": dev_loss}) + "\n")
                 if settings.keep == "best" and dev_loss < progress["least"]:
                     progress["least"] = dev_loss
@@ -1960,7 +1962,7 @@ def compare_scores(names, first, other):
             verdict += " on these pairs"
         before = np.mean([first[group].mean() for group in groups])
         after = np.mean([other[group].mean() for group in groups])
-        rows.append({"phenomenon": term, "paradigms": len(groups), "n": len(chosen),
+        rows.append({"phenomenon": term, "n": len(chosen),
                      "first": before, "other": after, "difference": after - before,
                      "low": low, "high": high, "verdict": verdict})
     return rows
@@ -2058,12 +2060,9 @@ def plan_runs(out, folders, settings, described, corpus, device):
             continue
         if not run.given:
             need_same(run, describe_run(run, corpus, device), resumed=False)
-        teacher, vocabulary = load_model(run.out, "cpu")
-        V = corpus.vocabulary.size
+        _, vocabulary = load_model(run.out, "cpu")
         need(fingerprint(vocabulary) == fingerprint(corpus.vocabulary), f"{run.out} has another "
-             f"vocabulary than the student ({V:,} tokens): both must share one tokenizer.")
-        if len(teacher.head) > V:
-            echo(f"{run.out}: logits behind the {V:,} tokens are left out.", err=True)
+             "vocabulary than the student: both must share one tokenizer.")
     runs.append(Run("student" if runs else "model", out, settings, tuple(runs)))
     need(len({run.out.resolve() for run in runs}) == len(runs), "two models would be in one "
          "folder: expected teachers of different settings, and --out to be neither.")
@@ -2302,7 +2301,7 @@ def compare_command(first, others, suite, as_json):
 @option("--temperature", default=1.0, type=click.FloatRange(0, 100),
         help="By which logits are divided; 0: always the most likely token.")
 @option("--count", default=1, type=IntRange(1, 10_000), help="Samples.")
-@option("--seed", default=0, type=IntRange(0), help="Seed of the draws.")
+@option("--seed", default=0, type=IntRange(0, 2**63), help="Seed of the draws.")
 @option("-o", "--out", type=location, help="Write --tokens tokens into a new folder of text.")
 @device_option
 def sample_command(run, prompt, tokens, temperature, count, seed, out, device):
@@ -2313,7 +2312,8 @@ def sample_command(run, prompt, tokens, temperature, count, seed, out, device):
     need(temperature == 0 or temperature >= 1e-3, "--temperature: expected 0, or 0.001 and more.")
     model, vocabulary = load_model(run, choose_device(device))
     tokenizer = vocabulary.tokenizer
-    eos = np.ravel(read_json(run / "config.json").get("eos_token_id"))      # some have a list
+    eos = read_json(run / "config.json").get("eos_token_id")
+    eos = eos if type(eos) is list else [eos]
     newline = tokenizer.encode("\n", add_special_tokens=False).ids[-1:]
     bare = bool(newline) and newline[0] in eos      # its text had no prefix, but line breaks
     start = newline if bare else [vocabulary.prefix_id]
@@ -2326,7 +2326,7 @@ def sample_command(run, prompt, tokens, temperature, count, seed, out, device):
          f"model's {model.config.positions:,} positions.")
     # a line ends before the next prefix token, at a line break, or at the model's eos
     ends = [*newline, vocabulary.prefix_id]
-    ends += [i for i in eos if i in range(len(model.head))]
+    ends += [i for i in eos if type(i) is int and i < len(model.head)]
     rows = 256 if out else count
     ids = torch.tensor([start] * rows, device=model.head.device)
     generator = torch.Generator(model.head.device).manual_seed(seed)
