@@ -1010,7 +1010,7 @@ class Settings:
     """All settings of a run. By default the model is the paper's student of 58M parameters."""
     # what is read, and how it becomes ids
     text: str = setting(f"{TINY}", "File or folder of text: *.train, *.txt; UTF-8.", path=True)
-    dev: str = setting("", "Folder of held-out text, *.dev, dev.txt; empty: the same.", path=True)
+    dev: str = setting("", "Folder of held-out text, *.dev, dev.txt; empty: --text's.", path=True)
     tokenizer: str = setting("", "A tokenizer.json or its folder; empty: train one.", path=True)
     vocab_size: int = setting(16_000, "V of a tokenizer that is trained.", low=259, high=2**24)
     prefix: str = setting("line", "Before a line: <s> and a space, or nothing.", ("line", "none"))
@@ -1020,7 +1020,7 @@ class Settings:
     random_offset: bool = setting(True, "Shift each row by 0 to T - 1 tokens, anew each epoch.")
     seed: int = setting(0, "Seed of the weights, the order of the rows and dropout.")
     # the shape of the model
-    init: str = setting("", "Begin with this folder's weights, shape and tokenizer.", path=True)
+    init: str = setting("", "Begin with the weights and shape of a run or HF folder.", path=True)
     model_type: str = setting("llama", "Architecture.", ("llama", "gpt2"))
     width: int = setting(512, "C, the size of a hidden state.", low=1, high=2**20)
     layers: int = setting(16, "Blocks of attention and feed-forward network.", low=1, high=500)
@@ -1048,7 +1048,7 @@ class Settings:
     alpha: float = setting(0.5, "Weight of cross-entropy; the rest is divergence (Eq. 9).", high=1)
     beta: float = setting(1.0, "Teacher's share of the mixed logits (Eq. 2); 1: no mixing.", high=1)
     progressive: bool = setting(False, "Lower beta from epoch to epoch (Eq. 3).")
-    reduction: str = setting("token", "The divergence's mean, or row sum.", ("token", "batchmean"))
+    reduction: str = setting("token", "Divergence: mean, or sum by row.", ("token", "batchmean"))
     fkl_weight: float = setting(0.5, "Share of forward KL in fkl+rkl.", high=1)
     mu: float = setting(0.5, "Teacher's mass in the likely tokens of akl and akl-r.", high=1)
     skew: float = setting(0.1, "Share of p (skl) or q (srkl) mixed in.", low=1e-3, high=0.999)
@@ -1058,7 +1058,7 @@ class Settings:
     teachers: int = setting(0, "How many of the config's teachers to learn from.", high=2)
     device: str = setting("auto", "Where to compute.", ("auto", "cpu", "cuda"))
     threads: int = setting(0, "Processor threads; 0: one if small, else torch's choice.", high=1024)
-    precision: str = setting("auto", "Of matmuls; auto: on a GPU half.", ("auto", *PRECISIONS))
+    precision: str = setting("auto", "auto: fp32; a GPU bf16, else fp16.", ("auto", *PRECISIONS))
     teacher_precision: str = setting("auto", "As --precision, for teachers.", ("auto", *PRECISIONS))
     compile: bool = setting(True, "Compile the models on a GPU.")
     micro_batch: int = setting(0, "Rows in memory at once, a divisor of the batch; 0: all.")
@@ -2245,8 +2245,8 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
 @option("-d", "--data", type=location, help="Folder of minimal pairs, *.jsonl as BLiMP's or "
         "EWoK's, or *.tsv.  [default: in data/]")
 @option("--suite", type=click.Choice(SUITES), default="blimp", help="Which pairs.")
-@option("--rule", type=click.Choice(("2024", "2026")), default="2024", help="BabyLM's, by year.")
-@option("--sample", type=IntRange(0), default=0, help="About so many, evenly spread; 0: all.")
+@option("--rule", type=click.Choice(("2024", "2026")), default="2024", help="BabyLM's scoring.")
+@option("--sample", type=IntRange(0), default=0, help="About so many pairs, evenly spread; 0: all.")
 @device_option
 @json_option
 def eval_blimp_command(folder, data, suite, rule, sample, device, as_json):

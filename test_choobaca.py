@@ -401,7 +401,8 @@ LITERAL = {
     "skl": lambda q, p, t, s: literal_kl(p, literal_mixture(q, p, s.skew)),
     "srkl": lambda q, p, t, s: literal_kl(q, literal_mixture(q, p, 1 - s.skew)),
     "jsd": lambda q, p, t, s: literal_jsd(q, p, s.jsd_beta),
-    "drkl": lambda q, p, t, s: literal_drkl(q, p, t, s.gamma)}
+    "drkl": lambda q, p, t, s: literal_drkl(q, p, t, s.gamma),
+}
 CONSTANTS = dict(fkl_weight=0.3, mu=0.4, skew=0.2, jsd_beta=0.7, gamma=0.8)    # no defaults
 every_divergence = mark.parametrize("name", c.DIVERGENCES)
 
