@@ -2188,7 +2188,6 @@ def join_processes(device):
 @settings_flags
 def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
     """Train a model, alone or from teachers, which are trained first if they are not there yet.
-
     A flag counts, else the config's key, else the default shown here.
     Example: python choobaca.py train --objective rkl --teachers 1"""
     resume = resume and not overwrite           # to replace a run is to begin it again
@@ -2206,8 +2205,7 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
          f"{out} already holds files that are no run: choose another --out.")
     need(overwrite or resume or dry_run or "model.safetensors" not in names,
          f"{out} already holds a run: choose another --out, or add --overwrite to replace it.")
-    # the small pairs fit the small text alone; BLiMP is for any other, if it has been fetched
-    small = Path(settings.text).resolve() == TINY
+    small = Path(settings.text).resolve() == TINY       # any other text gets BLiMP, if it is there
     folder = Path(settings.pairs or (TINY / "blimp" if small else HOME / "data/blimp"))
     none = settings.pairs == "none" or not settings.pairs and not folder.exists()
     pairs = [] if none else read_pairs(folder, settings.sample)
