@@ -2060,9 +2060,11 @@ def plan_runs(out, folders, settings, described, corpus, device):
             continue
         if not run.given:
             need_same(run, describe_run(run, corpus, device), resumed=False)
-        _, vocabulary = load_model(run.out, "cpu")
+        teacher, vocabulary = load_model(run.out, "cpu")
         need(fingerprint(vocabulary) == fingerprint(corpus.vocabulary), f"{run.out} has another "
              "vocabulary than the student: both must share one tokenizer.")
+        if len(teacher.head) > corpus.vocabulary.size:
+            echo(f"{run.out}: logits behind the vocabulary are left out.", err=True)
     runs.append(Run("student" if runs else "model", out, settings, tuple(runs)))
     need(len({run.out.resolve() for run in runs}) == len(runs), "two models would be in one "
          "folder: expected teachers of different settings, and --out to be neither.")

@@ -896,6 +896,7 @@ def test_logits_without_a_token_teach_nothing(here):
     c.write_json(Path("padded/config.json"), facts | {"vocab_size": vocabulary.size + 28})
     for name in ("a/run", "padded"):
         told = train(f"{name[0]}/student", f"--objective rkl --teacher {name}").stderr
+    assert "logits behind the vocabulary are left out" in told
     assert weights("a/student") == weights("p/student")
 
 def test_a_run_is_repeatable_and_looking_changes_nothing(here):
