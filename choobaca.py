@@ -963,7 +963,7 @@ def reading(path):
             raise                                   # it cannot be opened at all
         reason = " ".join(str(error).split())[:200]
         raise ClickException(f"{path} is damaged: {reason or 'it ends too early'}: "
-                                   "correct it, or remove it.")
+                             "correct it, or remove it.")
 
 @contextlib.contextmanager
 def written_whole(path):
@@ -1177,7 +1177,7 @@ def load_vocabulary(path):
             if prefix_id is not None and prefix_id < limit:
                 return Vocabulary(tokenizer, prefix_id, files)
     raise ClickException(f"{path}: no token begins a text: expected a bos_token or eos_token "
-                               "in the tokenizer_config.json beside it.")
+                         "in the tokenizer_config.json beside it.")
 
 def fingerprint(vocabulary):
     """Hash all that decides which ids a text becomes."""
@@ -1771,7 +1771,7 @@ def fit(run, corpus, device, log, resume=False):
         number = stop_signal(received, device) or number        # all wait until rank 0 has written
     if number and rank == 0:
         echo(f"{run.name}: stopped after step {step + 1:,} of {steps:,}, which is kept. To "
-                   "go on: the same command with --resume.", err=True)
+             "go on: the same command with --resume.", err=True)
     if number:
         sys.exit(128 + number)
 
