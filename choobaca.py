@@ -1778,21 +1778,30 @@ def fit(run, corpus, device, log, resume=False):
 # 13. Sampling ----------------------------------------------------------------
 
 @torch.no_grad()
-def write_on(model, ids, ends, length, generator, temperature=1.0):
-    """Continue rows of ids (B, T) until they draw one of `ends`, or by `length` tokens: B lists."""
-    drawn = [[] for _ in ids]
-    going = torch.arange(len(ids), device=ids.device)
+def write_on(model, rows, ends, length, generator, temperature=1.0):
+    """Continue lists of ids until they draw one of `ends`, or by `length` tokens: a list each."""
+    device = model.head.device
+    T = max(map(len, rows))                                 # shorter rows are padded on the left
+    ids = torch.tensor([[0] * (T - len(row)) + row for row in rows], device=device)     # (R, T)
+    padding = torch.tensor([[T - len(row)] for row in rows], device=device)             # (R, 1)
+    drawn = [[] for _ in rows]
+    going = torch.arange(len(rows), device=device)
     cache = [[] for _ in range(model.config.layers)]        # no id goes through the model twice
-    for _ in range(length):
-        logits = model.hidden(ids, cache)[:, -1] @ model.head.T                         # (R, V)
+    for width in range(T, T + length):
+        column = torch.arange(width, device=device)
+        row = column[-ids.shape[1]:, None]                  # no id sees padding, but itself
+        sees = (column <= row) & (column >= padding[:, :, None]) | (column == row)
+        tree = Tree((row.T - padding).clamp(min=0), sees[:, None])
+        logits = model.hidden(ids, cache, tree)[:, -1] @ model.head.T                   # (R, V)
         need(logits.isfinite().all(), "the model's logits are not finite: was --lr too high?")
         ids = logits.argmax(-1, True)
         if temperature:
             p = (logits / temperature).softmax(-1)
             ids = torch.multinomial(p, 1, generator=generator)
         # rows that ended leave the batch, and the cache
-        keep = ~torch.isin(ids[:, 0], torch.tensor(ends, device=ids.device))
+        keep = ~torch.isin(ids[:, 0], torch.tensor(ends, device=device))
         going = going[keep]
+        padding = padding[keep]
         ids = ids[keep]
         if not len(ids):
             break
@@ -1917,16 +1926,17 @@ def common_scores(folders, suite):
     return max(common, key=lambda name: (folders[0] / name).stat().st_size)
 
 def read_scores(path):
-    """Read what keep_scores wrote: phenomenon, paradigm and line of each pair, and 1 or 0."""
+    """Read what keep_scores wrote: phenomenon, paradigm and line of each pair, and 1 or 0. The
+    scripts in data/ write a `score` instead, for each item of a task."""
     with reading(path):
         facts, *lines = map(json.loads, path.read_bytes().splitlines())
         names, scores = [], []
         for line in lines:
             names.append((str(line["phenomenon"]), str(line["paradigm"]), line["line"]))
-            scores.append([float(line["good"]), float(line["bad"])])
+            scores.append(float(line["score"] if "score" in line else line["good"] >= line["bad"]))
         need(len(names) == facts["pairs"] > 0 and facts["weights"] == weights_digests(path.parent),
              f"{path} is cut off, or of other weights than those beside it: run eval-blimp again.")
-    return names, np.array([good >= bad for good, bad in scores])
+    return names, np.array(scores)
 
 def confidence_interval(differences):
     """Return a 95 % interval for the mean over paradigms of the mean difference within each."""
@@ -1952,7 +1962,7 @@ def compare_scores(names, first, other):
     rows = []
     for term, chosen in [*terms, ("all", everything)]:
         groups = list(group_by(chosen, lambda i: names[i][:2]).values())
-        gaps = [other[group].astype(float) - first[group] for group in groups]
+        gaps = [other[group] - first[group] for group in groups]
         low, high = confidence_interval(gaps)
         # Up to five pairs that differ fall on one side by chance once in 16 times, or more often.
         verdict = "not distinguishable"
@@ -2284,7 +2294,7 @@ def compare_command(first, others, suite, as_json):
              "one of them is damaged: score the models again with eval-blimp.")
         rows = compare_scores(names, base, right)
         found.append({"first": str(first), "other": str(folder), "scores": name, "rows": rows})
-        lines = [f"{folder} against {first}, by {name}\n\n{'accuracy':<27} {'n':>6}  first  other  "
+        lines = [f"{folder} against {first}, by {name}\n\n{'mean score':<27} {'n':>6}  first  other  "
                  "difference, 95 % interval     verdict"]
         lines += ["{phenomenon:<27} {n:>6,} {first:6.1%} {other:6.1%} {difference:+7.2%} "
                   "({low:+8.2%} to {high:+8.2%})  {verdict}".format(**row) for row in rows]
@@ -2327,14 +2337,13 @@ def sample_command(run, prompt, tokens, temperature, count, seed, out, device):
     # a line ends before the next prefix token, at a line break, or at the model's eos
     ends = [*newline, vocabulary.prefix_id]
     ends += [i for i in eos if type(i) is int and i < len(model.head)]
-    rows = 256 if out else count
-    ids = torch.tensor([start] * rows, device=model.head.device)
+    rows = [start] * (256 if out else count)
     generator = torch.Generator(model.head.device).manual_seed(seed)
     lines = []
     with tqdm(total=tokens, desc="sampling", unit=" tokens", disable=not out) as bar:
         while bar.n < tokens:
             length = room if out else min(tokens, room)
-            drawn = write_on(model, ids, ends, length, generator, temperature)
+            drawn = write_on(model, rows, ends, length, generator, temperature)
             texts = tokenizer.decode_batch([start + row for row in drawn])
             lines += [" ".join(text.split()) for text in texts]
             if not out:

@@ -1296,21 +1296,26 @@ def test_what_goes_wrong_in_a_run_is_said(here, saved, vocabulary, monkeypatch):
 
 @every_kind
 def test_writing_on_reads_no_id_twice_and_lets_rows_go_that_end(kind):
-    """Each id is drawn by its probability; the likeliest are those of the whole row, read again."""
+    """Each id is drawn by its probability; the likeliest are those of the whole row, read again.
+    Padding on the left is not seen: rows of several lengths get what each gets alone."""
     m, draw = model(V=6, sharp=8, **kind), torch.Generator().manual_seed(0)
     rows = ids = some_ids(6, 9, V=6)
+    given = ids.tolist()
     for tau in (0.7, 2.0):
-        drawn = torch.tensor(c.write_on(m, ids[:1].expand(4000, -1), [9], 1, draw, tau)).flatten()
+        drawn = torch.tensor(c.write_on(m, given[:1] * 4000, [9], 1, draw, tau)).flatten()
         p = (logits(m, ids[:1])[0, -1] / tau).softmax(-1)
         assert torch.allclose(drawn.bincount(minlength=6) / 4000, p, atol=0.032)    # 4 errors
     for _ in range(20):
         rows = torch.cat([rows, logits(m, rows)[:, -1:].argmax(-1)], 1)
     rows, end = rows[:, 9:].tolist(), int(rows[0, 16])
     m.hidden = Mock(wraps=m.hidden)
-    found = c.write_on(m, ids, [end], 20, None, 0)
+    found = c.write_on(m, given, [end], 20, None, 0)
     assert found == [row[:(row + [end]).index(end)] for row in rows]
     _, *read = (call.args[0].shape for call in m.hidden.call_args_list)
     assert {T for _, T in read} <= {1} and sum(B for B, _ in read) <= sum(map(len, found))
+    ragged = [row[i:] for i, row in enumerate(given)]
+    alone = [c.write_on(m, [row], [end], 20, None, 0)[0] for row in ragged]
+    assert c.write_on(m, ragged, [end], 20, None, 0) == alone != found
 
 def test_sample(saved, vocabulary):
     """Seeded; a line each; the prompt has a leading space, even where the tokenizer adds none."""
@@ -1355,7 +1360,7 @@ def test_a_sample_ends_with_its_line(saved, vocabulary, monkeypatch):
 def test_a_sample_begins_as_the_text_did(here, monkeypatch):
     """With the prefix token and a space, or after a line break."""
     begun = []
-    monkeypatch.setattr(c, "write_on", lambda m, ids, *_: begun.append(ids[0].tolist()) or [[]])
+    monkeypatch.setattr(c, "write_on", lambda m, ids, *_: begun.append(ids[0]) or [[]])
     for prefix, wanted in (("none", ["\n", "\nThe dog"]), ("line", ["<s>", "<s> The dog"])):
         train(prefix, f"--prefix {prefix} --pairs none")
         decode = c.load_vocabulary(Path(prefix)).tokenizer.decode
@@ -1446,15 +1451,21 @@ def test_compare(saved, vocabulary):
         assert re.search(wanted, invoke(f"compare good {other}").stdout)
     whole = json.loads(invoke("compare guess good --json").stdout)[0]["rows"][-1]
     assert whole["low"] < 0.3 < whole["high"]
-    one, = c.compare_scores([("all", "p", 1)], np.array([True]), np.array([False]))[1:]
+    one, = c.compare_scores([("all", "p", 1)], np.ones(1), np.zeros(1))[1:]
     assert one["verdict"] == "not distinguishable on these pairs"
     path, = Path("same").glob("blimp-*.jsonl")
     c.keep_scores(Path("same"), "blimp", pairs[:3], np.zeros((3, 2)))   # a sample replaces nothing
     head, *lines = path.read_text().splitlines()
+    head = json.loads(head)
     for damaged, wanted in ((lines[1:], "cut off"), (lines[::-1], "other pairs"),
                             (["[]"] * 2000, "is damaged")):
-        path.write_text("\n".join([head, *damaged]))
+        path.write_text("\n".join([json.dumps(head), *damaged]))
         assert wanted in error("compare good same")
+    head |= {"pairs": 20}
+    for name, score in (("guess", 0.25), ("good", 0.5)):        # what a script in data/ wrote
+        lines = [{"phenomenon": "x", "paradigm": "x", "line": i, "score": score} for i in range(20)]
+        Path(name, "rouge-x.jsonl").write_text("\n".join(map(json.dumps, [head, *lines])))
+    assert re.search("all .* 25.0% +50.0% .* better", invoke("compare guess good --suite rouge").stdout)
     c.save_model(Path("good"), model(V=vocabulary.size, seed=1), vocabulary)
     assert "of other weights" in error("compare good guess")
 
