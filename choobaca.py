@@ -38,8 +38,6 @@ if sys.version_info < (3, 11):
 
 import contextlib
 import copy
-import dataclasses
-import datetime
 import functools
 import hashlib
 import itertools
@@ -50,7 +48,7 @@ import re
 import signal
 import time
 import tomllib
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,7 +77,7 @@ def need(condition, message):
 
 def setting(default, help, choices=(), low=0, high=2**31 - 1, path=False):
     """Declare a field of Settings (section 8): flags, help, TOML keys and checks come from it."""
-    return dataclasses.field(default=default, metadata={
+    return field(default=default, metadata={
         "help": help, "choices": choices, "low": low, "high": high, "path": path})
 
 # 1. The idea -----------------------------------------------------------------
@@ -209,10 +207,11 @@ def row_starts(rows, settings, epoch):
 
 def windows(ids, starts, T):
     """Cut inputs and targets, (rows, T) int64 each, out of the ids.
-    For ids 0, 1, 2, ..., T = 4 and a start of 8: inputs 8 9 10 11, targets 9 10 11 12."""
+    For ids 0, 1, 2, ..., T = 4 and a start of 8: inputs 8 9 10 11, targets 9 10 11 12. An id i that
+    is only to be read, such as a prompt's, is there as ~i = -1 - i: its target is -1."""
     rows = ids[starts[:, None] + np.arange(T + 1)]                      # (rows, T + 1)
     rows = torch.from_numpy(rows.astype(np.int64))
-    return rows[:, :-1], rows[:, 1:]
+    return torch.where(rows < 0, ~rows, rows)[:, :-1], rows[:, 1:].clamp(min=-1)
 
 def batch_at(step, ids, settings):
     """Return inputs and targets of a step, (B, T) each: a pure function of seed and step."""
@@ -231,9 +230,9 @@ def batch_at(step, ids, settings):
 # `past`, `cache`, `mask` or `tree`: read on as if they were not there.
 
 class Tree(NamedTuple):
-    """Positions and mask of rows that hold many texts, as a tree of ids. Only scoring uses it."""
+    """Positions and mask of rows that hold many texts, as a tree of ids, or padding on the left."""
     depth: Tensor                   # (B, T), the position of each id in its own text
-    sees: Tensor                    # (B, 1, T, T), True where an id (row) may look at another
+    sees: Tensor                    # (B, 1, T, S), True where an id (row) may look at another
 
 def plain_attention(q, k, v, sees):
     """Let queries q (B, H, T, D) look at keys and values k, v (B, H, S, D): -> (B, H, T, D).
@@ -243,11 +242,11 @@ def plain_attention(q, k, v, sees):
     scores = scores.masked_fill(~sees, -math.inf)               # no looking ahead
     return scores.softmax(-1) @ v                               # a mean of values, so weighted
 
-def rotary_angles(T, D, theta, device):
-    """Return cosine and sine of the angle of position t in each of D/2 planes: two (T, D/2)."""
-    plane = torch.arange(0, D, 2, device=device, dtype=torch.float32)                    # (D/2,)
+def rotary_angles(positions, D, theta):
+    """Return cosine and sine of the angle of each position in D/2 planes: two (..., 1, T, D/2)."""
+    plane = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32)         # (D/2,)
     speed = theta ** -(plane / D)
-    angle = torch.outer(torch.arange(T, device=device, dtype=torch.float32), speed)      # (T, D/2)
+    angle = positions[..., None, :, None] * speed               # the same for all heads
     return angle.cos(), angle.sin()
 
 def rotate(x, cos, sin):
@@ -285,12 +284,12 @@ class LlamaAttention(nn.Module):
         self.o_proj = nn.Linear(C, C, bias=False)
 
     def forward(self, x, cos, sin, past, mask):
-        causal = not past and mask is None      # a new token after a cache may look at all of it
         q = rotate(split_heads(self.q_proj(x), self.heads), cos, sin)               # what t asks
         k = rotate(split_heads(self.k_proj(x), self.kv_heads), cos, sin)            # what it offers
         k, v = extend_cache(past, k, split_heads(self.v_proj(x), self.kv_heads))
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal,     # GQA: query heads
-                                           enable_gqa=self.kv_heads != self.heads)  # share keys
+        grouped = self.kv_heads != self.heads                           # query heads share keys
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
+                                           enable_gqa=grouped)
         return self.o_proj(y.transpose(1, 2).flatten(2))                            # (B, T, C)
 
 class LlamaMLP(nn.Module):
@@ -338,18 +337,15 @@ class Llama(nn.Module):
         return (self.lm_head or self.embed_tokens).weight
 
     def hidden(self, ids, cache=None, tree=None):
-        """(B, T) -> (B, T, C). `cache` (a list per layer) continues earlier calls by one id; `tree`
-        replaces the left-to-right positions and the causal mask."""
-        start = cache[0][0].shape[2] if cache and cache[0] else 0       # positions in the cache
+        """(B, T) -> (B, T, C). `tree` replaces left-to-right positions and the causal mask; with
+        one, `cache` (a list per layer) continues earlier calls."""
+        positions = tree.depth if tree else torch.arange(ids.shape[1], device=ids.device)
         D = self.config.width // self.config.heads
-        cos, sin = rotary_angles(start + ids.shape[1], D, self.config.rope_theta, ids.device)
-        positions = tree.depth[:, None] if tree else slice(start, None)     # (B, 1, T) or (T,)
-        mask = tree.sees if tree else None
+        angles = rotary_angles(positions, D, self.config.rope_theta)
         x = self.embed_tokens(ids)                                          # (B, T, C)
-        cos = cos[positions].to(x.dtype)
-        sin = sin[positions].to(x.dtype)
+        cos, sin = (angle.to(x.dtype) for angle in angles)
         for layer, past in zip(self.layers, cache or [None] * len(self.layers)):
-            x = layer(x, cos, sin, past, mask)
+            x = layer(x, cos, sin, past, tree.sees if tree else None)
         return self.norm(x)
 
     forward = hidden                # model(ids), as torch's modules are called
@@ -500,17 +496,14 @@ def softmax_backward_(q, k):
 # whose last two terms cancel but for that error: all that the sums of q - p below are for.
 
 def forward_kl(q, p, r, _):
-    """KL(p || q) = sum p (log p - log q), with gradient q - p (AKL paper, Eq. 5).
-    The teacher's probabilities weigh the error: the student must find likely all that it does."""
+    """KL(p || q) = sum p (log p - log q), with gradient q - p (AKL paper, Eq. 5)."""
     value = -r.mul_(p).sum(-1, True)
     gradient = torch.sub(q, p, out=r)                   # in r's memory
     return value + gradient.sum(-1, True), gradient
 
 def reverse_kl(q, p, r, _):
-    """KL(q || p) = sum q r, with gradient q (r - KL) (AKL paper, Eq. 6).
-    The student's probabilities weigh the error. What it finds likely must be likely to the teacher,
-    but it may leave out some of what the teacher says. MiniLLM's and the paper's "single-step
-    decomposition", E_q[r grad log q], is the same gradient."""
+    """KL(q || p) = sum q r, with gradient q (r - KL) (AKL paper, Eq. 6). MiniLLM's and the paper's
+    "single-step decomposition", E_q[r grad log q], is the same gradient."""
     value, gradient = softmax_backward_(q, r)
     return value + p.sub_(q).sum(-1, True), gradient
 
@@ -645,10 +638,7 @@ class FusedLoss(torch.autograd.Function):
     With z the student's logits and w the teacher's (the paper's Eqs. 1, 2 and 6 to 9),
 
         q = softmax(z / tau)     p = softmax((beta w + (1 - beta) z) / tau)
-        loss = sum over tokens of  alpha CE(z, target) + (1 - alpha) tau^2 Div(q, p)
-
-    A tiny case, N = 4, V = 3, C = 2: chunks of 4, 2 and 1 rows give the same loss and gradients,
-    and the largest array of logits has 12, 6 and 3 numbers."""
+        loss = sum over tokens of  alpha CE(z, target) + (1 - alpha) tau^2 Div(q, p)"""
 
     @staticmethod
     def forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, settings, beta):
@@ -706,7 +696,7 @@ class FusedLoss(torch.autograd.Function):
         assert not getattr(ctx, "spent", False), "the first backward pass has used the gradients up"
         ctx.spent = True
         gradients = [each.mul_(d_loss) for each in ctx.saved_tensors]
-        return *gradients, None, None, None, None, None
+        return *gradients, *[None] * 5
 
 class Coach:
     """One or more teachers as one: BabyLlama averages logits, a geometric mean of probabilities.
@@ -755,12 +745,14 @@ def make_optimizer(model, settings):
 def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype, scaler):
     """Take one optimizer step on inputs and targets (B, T), or on this process's share of the rows.
     Returns (4,): loss, cross-entropy, tau^2 divergence, norm of the gradient. Each micro-batch is
-    divided by the tokens of the whole step, so accumulating and sharing change only the rounding.
+    divided by the targets of the whole step, so accumulating and sharing change only the rounding.
     In fp16 the scaler keeps gradients in range, and leaves out a step where that failed."""
     device = inputs.device.type
     rows = settings.micro_batch or len(inputs)
     shared = dist.is_initialized()              # torchrun started several processes
-    tokens = targets.numel() * (dist.get_world_size() if shared else 1)
+    tokens = (targets >= 0).sum()
+    if shared:
+        dist.all_reduce(tokens)
     losses = inputs.new_zeros(3, dtype=torch.float64)
     optimizer.zero_grad()
     # forward and backward, a micro-batch at a time
@@ -1225,11 +1217,11 @@ class GPT2Block(nn.Module):
                                   "c_proj": nn.Linear(config.inner, C)})
 
     def forward(self, x, past, mask):
-        causal = not past and mask is None
         qkv = self.attn["c_attn"](self.ln_1(x))                                     # (B, T, 3 C)
         q, k, v = qkv.chunk(3, dim=-1)
         k, v = extend_cache(past, split_heads(k, self.heads), split_heads(v, self.heads))
-        y = F.scaled_dot_product_attention(split_heads(q, self.heads), k, v, mask, is_causal=causal,
+        q = split_heads(q, self.heads)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
                                            dropout_p=self.dropout if self.training else 0.0)
         y = self.attn["c_proj"](y.transpose(1, 2).flatten(2))
         x = x + F.dropout(y, self.dropout, self.training)
@@ -1256,9 +1248,8 @@ class GPT2(nn.Module):
         return (self.lm_head or self.wte).weight
 
     def hidden(self, ids, cache=None, tree=None):                   # cache and tree: as in Llama
-        start = cache[0][0].shape[2] if cache and cache[0] else 0       # positions in the cache
-        positions = torch.arange(start, start + ids.shape[1], device=ids.device)
-        x = self.wte(ids) + self.wpe(tree.depth if tree else positions)
+        positions = tree.depth if tree else torch.arange(ids.shape[1], device=ids.device)
+        x = self.wte(ids) + self.wpe(positions)
         x = F.dropout(x, self.config.dropout, self.training)
         for block, past in zip(self.h, cache or [None] * len(self.h)):
             x = block(x, past, tree.sees if tree else None)
@@ -1326,10 +1317,8 @@ def from_hf_config(path):
     raw = read_json(path)
     kind = raw.get("model_type")
     need(kind in list(HF_KEYS), f"{path}: model_type is {kind!r}: expected {' or '.join(HF_KEYS)}.")
-    rope = {}
     with reading(path):
-        for key in ("rope_parameters", "rope_scaling"):
-            rope |= raw.get(key) or {}
+        rope = (raw.get("rope_parameters") or {}) | (raw.get("rope_scaling") or {})
     need(all(rope.get(key) in (None, "default") for key in ("rope_type", "type")),
          f"{path}: rotary positions are scaled, by {rope}: expected plain ones.")
     raw = {key: value for key, value in (raw | rope).items() if value is not None}
@@ -1473,17 +1462,20 @@ def held_out_loss(model, ids, settings, dtype=torch.float32):
     was_training = model.training
     model.eval()
     total = 0.0
+    count = 0
     for i in range(0, len(starts), settings.batch_size):
         batch = windows(ids, starts[i:i + settings.batch_size], T)
         inputs, targets = (rows.to(model.head.device) for rows in batch)
         half = torch.autocast(inputs.device.type, dtype, enabled=dtype != torch.float32)
         with half, torch.compiler.set_stance("force_eager"):    # too few calls to compile for
             hidden = model.hidden(inputs).flatten(0, 1)
-        rows = torch.arange(len(hidden), device=hidden.device)
-        total -= token_log_probabilities(hidden.float(), model.head, rows, targets.flatten(),
+        targets = targets.flatten()
+        rows = torch.where(targets >= 0)[0]
+        count += len(rows)
+        total -= token_log_probabilities(hidden.float(), model.head, rows, targets[rows],
                                          chunk=256).double().sum()
     model.train(was_training)
-    return float(total) / (len(starts) * T) if len(starts) else None
+    return float(total) / count if count else None
 
 @dataclass
 class Run:
@@ -1582,13 +1574,13 @@ def signals_kept():
             signal.signal(number, handler)
 
 def stop_signal(received, device):
-    """Return the signal that this process got, SIGTERM if only another process got one, else 0."""
-    count = len(received)
+    """Return the signal that this process, or another one of its run, has got; else 0."""
+    number = max(received, default=0)
     if dist.is_initialized():
-        flag = torch.tensor(count, device=device)
-        dist.all_reduce(flag)
-        count = flag.item()
-    return max(received, default=signal.SIGTERM) if count else 0
+        flag = torch.tensor(number, device=device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        number = flag.item()
+    return number
 
 def save_state(path, progress, parts):
     """Write a checkpoint, whole on the disk before it replaces the last one."""
@@ -1926,14 +1918,14 @@ def common_scores(folders, suite):
     return max(common, key=lambda name: (folders[0] / name).stat().st_size)
 
 def read_scores(path):
-    """Read what keep_scores wrote: phenomenon, paradigm and line of each pair, and 1 or 0. The
-    scripts in data/ write a `score` instead, for each item of a task."""
+    """Read phenomenon, paradigm, line of each pair and 1 or 0, or the `score` that data/ wrote."""
     with reading(path):
         facts, *lines = map(json.loads, path.read_bytes().splitlines())
         names, scores = [], []
         for line in lines:
             names.append((str(line["phenomenon"]), str(line["paradigm"]), line["line"]))
-            scores.append(float(line["score"] if "score" in line else line["good"] >= line["bad"]))
+            score = line["score"] if "score" in line else line["good"] >= line["bad"]
+            scores.append(float(score))
         need(len(names) == facts["pairs"] > 0 and facts["weights"] == weights_digests(path.parent),
              f"{path} is cut off, or of other weights than those beside it: run eval-blimp again.")
     return names, np.array(scores)
@@ -2183,8 +2175,7 @@ def join_processes(device):
         return
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if device == "cuda" else "gloo",
-                            timeout=datetime.timedelta(hours=1))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
     click.get_current_context().call_on_close(dist.destroy_process_group)
 
 @cli.command("train", short_help="Train a model, alone or from teachers.")
@@ -2294,8 +2285,8 @@ def compare_command(first, others, suite, as_json):
              "one of them is damaged: score the models again with eval-blimp.")
         rows = compare_scores(names, base, right)
         found.append({"first": str(first), "other": str(folder), "scores": name, "rows": rows})
-        lines = [f"{folder} against {first}, by {name}\n\n{'mean score':<27} {'n':>6}  first  other  "
-                 "difference, 95 % interval     verdict"]
+        lines = [f"{folder} against {first}, by {name}\n\n{'mean score':<27} {'n':>6}  first  "
+                 "other  difference, 95 % interval     verdict"]
         lines += ["{phenomenon:<27} {n:>6,} {first:6.1%} {other:6.1%} {difference:+7.2%} "
                   "({low:+8.2%} to {high:+8.2%})  {verdict}".format(**row) for row in rows]
         tables.append("\n".join(lines))
