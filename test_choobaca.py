@@ -223,6 +223,24 @@ def test_distil_in_short_trains_a_student_by_the_gradient_of_train_step():
     c.distil_in_short(student, teacher, [BATCH] * 60)
     assert step_of(student, coach)[0] < 0.6 * rows[0][0]
 
+def test_what_is_only_read_is_not_learnt_from(monkeypatch):
+    """An id stored as ~i has a target of -1: loss, gradient and held-out loss are of the others."""
+    student, teacher, s = model(sharp=3), model(sharp=6, seed=5), settings(random_offset=False)
+    ids = some_ids(129).numpy()
+    inputs, targets = batch = c.batch_at(0, np.where(np.arange(129) % 16 < 9, ~ids, ids), s)
+    assert torch.equal(inputs, c.batch_at(0, ids, s)[0])
+    learnt = torch.where(targets.flatten() >= 0)[0]
+    assert len(learnt) == 8 * 7 and not (targets < -1).any()
+    z, w = (logits(m, inputs).flatten(0, 1)[learnt] for m in (student, teacher))
+    wanted = c.plain_loss(z, w, targets.flatten()[learnt], 2.0, 0.5) / 56
+    slopes = torch.autograd.grad(wanted, list(student.parameters()))
+    ce = F.cross_entropy(z, targets.flatten()[learnt]).item()
+    monkeypatch.setattr(c, "windows", lambda *_: batch)
+    assert c.held_out_loss(student, ids, s) == approx(ce, rel=1e-5)
+    monkeypatch.setattr(sys.modules[__name__], "BATCH", batch)
+    assert step_of(student, c.Coach([teacher]), clip=0.0, micro_batch=2)[0] == approx(wanted.item())
+    assert all(off(p.grad, slope) < 1e-4 for p, slope in zip(student.parameters(), slopes))
+
 # -----------------------------------------------------------------------------
 # 2. Text to ids to batches
 
