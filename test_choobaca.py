@@ -32,7 +32,7 @@ import tokenize
 import urllib.request
 import zipfile
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import DEFAULT, Mock
 from xml.etree import ElementTree
 
 # One thread: as fast for such small models, and not 5 times slower beside another busy process.
@@ -44,6 +44,7 @@ import choobaca as c
 import click
 import download as load
 import figures
+import glue
 import make_tiny
 import numpy as np
 import tokenizers
@@ -81,7 +82,8 @@ def logits(m, ids):
 def invoke(command, code=0):
     """The result of a command of one of the programs, checked to end so and with no traceback."""
     words = shlex.split(command)
-    program = next(x for x in (c.cli, load.cli, figures.cli, benchmark) if words[0] in x.commands)
+    programs = (c.cli, load.cli, figures.cli, benchmark)
+    program = next((x for x in programs if words[0] in x.commands), glue.cli)   # glue.py has none
     result = CliRunner().invoke(program, words)
     assert isinstance(result.exception, SystemExit | None), result.exception
     assert result.exit_code == code, result.output
@@ -2234,6 +2236,116 @@ def test_toy_shows_where_modes_are_sought(tmp_path):
     told = invoke("toy --objective drkl --epochs 6").stdout
     assert re.fullmatch("(.*\n){2}((.* [▁-█]{25}\n){2}){4}\n.*\n", told)
     assert "'ce' is not one of" in error("toy --objective ce", 2)
+
+# -----------------------------------------------------------------------------
+# data/glue.py
+
+def write_items(name, n, classes=2, bad=""):
+    """A task's file of n items, whose class the last word gives away, and a line that is bad."""
+    with open(f"{name}.jsonl", "w") as file:
+        for i in range(n):
+            text, label = "the dogs " * (i * 7 % 5) + "cat", i % 5 % classes
+            item = dict.fromkeys(("sentence", "hypothesis", "sentence2"), f"{text} {'abc'[label]}")
+            item |= {"premise": text, "sentence1": text, "label": label}
+            print(json.dumps(item), file=file)
+        file.write(bad)
+
+@every_kind
+def test_a_classifier_is_that_of_transformers(saved, vocabulary, kind):
+    """The ids of pairs, some too long, logits of padded batches, three steps of training."""
+    transformers, m = importorskip("transformers"), model(V=vocabulary.size, sharp=3, **kind)
+    c.save_model(saved, m, vocabulary)
+    write_items("rte", 40)
+    tokenizer, path = c.load_vocabulary(saved).tokenizer, Path("rte.jsonl")
+    tokenizer.enable_truncation(12)
+    rows, labels = glue.read_items(path, "rte", tokenizer)
+    pairs = [(x["sentence1"], x["sentence2"]) for x in map(json.loads, open(path))]
+    batch = transformers.AutoTokenizer.from_pretrained(saved)(
+        pairs, truncation=True, max_length=12, padding=True, return_tensors="pt")
+    masked = zip(batch["input_ids"], batch["attention_mask"])
+    assert [ids[mask > 0].tolist() for ids, mask in masked] == rows != [row[:11] for row in rows]
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(saved, num_labels=2)
+    torch.manual_seed(1)                                    # as fine_tune begins the head
+    head = torch.nn.Linear(32, 2, bias=False)
+    theirs.score.weight.data.copy_(torch.nn.init.normal_(head.weight, 0, 0.02))
+    with torch.no_grad():
+        assert alike(glue.class_logits(m, head, rows), theirs.eval()(**batch).logits, 1e-5)
+    glue.fine_tune(m, "rte", rows, labels, {"rte": (rows, labels)}, 1,
+                   {"batch_size": 40, "epochs": 3, "patience": 3, "lr": 1e-3})
+    optimizer = torch.optim.AdamW(theirs.train().parameters(), weight_decay=0)
+    for optimizer.param_groups[0]["lr"] in (1e-3, 2e-3 / 3, 1e-3 / 3):
+        theirs(**batch, labels=torch.from_numpy(labels)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, x in m.named_parameters():        # bias of keys: its gradient is 0, and noise
+        if "lm_head" not in name and "c_attn.bias" not in name:
+            x = x.data - c.stored(name, theirs.get_parameter(m.prefix + name))
+            assert x.abs().max() < 1e-5, name
+
+@mark.filterwarnings("ignore")      # of sklearn, that a metric is 0 / 0
+@mark.parametrize("by", ["counts", "sklearn"])
+def test_f1_and_mcc_by_definition(by):
+    judge = importorskip("sklearn.metrics") if by == "sklearn" else None
+    for i in range(1000):
+        labels, guesses = np.random.default_rng(i).integers(0, 2, (2, 1 + i % 9))
+        tn, fp, fn, tp = np.bincount(2 * labels + guesses, minlength=4).tolist()
+        wanted = [tp / (tp + (fp + fn) / 2) if tp else 0, (tp * tn - fp * fn) / (
+            math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) or 1)]
+        if judge:
+            wanted = judge.f1_score(labels, guesses), judge.matthews_corrcoef(labels, guesses)
+        found = [glue.figure(task, labels, guesses) for task in ("qqp", "cola")]
+        assert found == approx([*wanted], abs=1e-12)
+
+def test_glue_learns_keeps_what_it_found_and_goes_on(saved, vocabulary, monkeypatch):
+    for part in ("sst2.train", "sst2.valid", "mnli.train", "mnli.valid", "mnli-mm.valid"):
+        write_items(part, 64 if "train" in part else 40, classes=2 + ("m" in part))
+    shutil.copytree(saved, "other")
+    before, how = files_in(saved), "-d . --json --lr 0.01 --batch-size 8 --seeds 1,2 --epochs 4"
+    tune = Mock(wraps=glue.fine_tune, side_effect=[DEFAULT, DEFAULT, KeyboardInterrupt])
+    monkeypatch.setattr(glue, "fine_tune", tune)
+    assert "Stopped: " in invoke(f"{how} -m model", 130).stderr
+    path, = saved.glob("glue-sst2-????????.jsonl")
+    tune.side_effect = None
+    result = invoke(f"{how} -m model")
+    assert [call.args[1] for call in tune.mock_calls] == ["sst2"] * 2 + ["mnli"] * 3
+    assert "Left out: boolq, cola, mrpc, multirc, qnli, qqp, rte, wsc." in result.stderr
+    rows = json.loads(result.stdout)["rows"]
+    assert [row["task"] for row in rows] == ["sst2", "mnli", "mnli-mm"]
+    assert all(np.mean(row["values"]) == row["figure"] > row["majority"] + 0.1 for row in rows)
+    facts, *lines = map(json.loads, path.read_text().splitlines())
+    assert facts["pairs"] == len(lines) == 40 and facts["weights"] == c.weights_digests(saved)
+    for i, line in enumerate(lines):
+        score = np.mean(np.equal(line["predictions"], i % 5 % 2))
+        assert [*line.values()][:4] == ["sst2", "sst2", i + 1, score]
+    # nothing is done twice, unless by other weights or in another way, which has another name
+    assert invoke(f"{how} -m model").stdout == result.stdout
+    table = invoke(f"{how.replace('--json', '')} -m model").stdout
+    assert re.search("mnli-mm .*\nmean of 3 of 11 tasks: ", table) and tune.call_count == 5
+    invoke(f"{how} -m other --task sst2")
+    assert Path("other", path.name).read_bytes() == path.read_bytes()
+    c.save_model(Path("other"), model(V=vocabulary.size, seed=1), vocabulary)
+    for flags in ("", "--tokens 9"):
+        invoke(f"{how} -m other --task sst2 {flags}")
+    assert tune.call_count == 11 and len([*Path("other").glob("glue-*")]) == 2
+    assert before.items() <= files_in(saved).items()
+
+def test_glue_of_bad_input_is_one_sentence(saved):
+    assert "no TASK.train.jsonl with its" in error("-m model -d .")
+    write_items("cola.train", 2)
+    for bad in ("{", "[]", "", '{"sentence": null, "label": 1}', '{"sentence": "a", "label": "1"}',
+                '{"sentence": "\\ud800", "label": 1}', '{"sentence": "a", "label": 2}',
+                '{"sentence": "a", "label": true}', '{"label": 1}'):
+        write_items("cola.valid", 2, bad=f"{bad}\n")
+        assert "cola.valid.jsonl, line 3: expected a JSON obj" in error("-m model -d .")
+    write_items("cola.valid", 0)
+    assert "cola.valid.jsonl is empty" in error("-m model -d .")
+    write_items("cola.valid", 2)
+    for flags, wanted in {"--lr nan": "not finite: take a lower", "--seeds 1,x": "such as 1,2,3",
+                          "-m no": "no holds no finished model"}.items():
+        assert wanted in error(f"-m model -d . {flags}")
+    assert "is not one of 'cola'" in error("-m model -d . --task no", 2)
+    assert not [*saved.glob("glue-*")]
 
 # -----------------------------------------------------------------------------
 # On a GPU
