@@ -45,6 +45,7 @@ import click
 import download as load
 import figures
 import glue
+import instruct
 import make_tiny
 import numpy as np
 import tokenizers
@@ -82,9 +83,10 @@ def logits(m, ids):
 def invoke(command, code=0):
     """The result of a command of one of the programs, checked to end so and with no traceback."""
     words = shlex.split(command)
+    script = {"glue": glue.cli, "instruct": instruct.cli}.get(words[0])
     programs = (c.cli, load.cli, figures.cli, benchmark)
-    program = next((x for x in programs if words[0] in x.commands), glue.cli)   # glue.py has none
-    result = CliRunner().invoke(program, words)
+    program = script or next(x for x in programs if words[0] in x.commands)
+    result = CliRunner().invoke(program, words[1:] if script else words)
     assert isinstance(result.exception, SystemExit | None), result.exception
     assert result.exit_code == code, result.output
     return result
@@ -2301,7 +2303,7 @@ def test_glue_learns_keeps_what_it_found_and_goes_on(saved, vocabulary, monkeypa
     for part in ("sst2.train", "sst2.valid", "mnli.train", "mnli.valid", "mnli-mm.valid"):
         write_items(part, 64 if "train" in part else 40, classes=2 + ("m" in part))
     shutil.copytree(saved, "other")
-    before, how = files_in(saved), "-d . --json --lr 0.01 --batch-size 8 --seeds 1,2 --epochs 4"
+    before, how = files_in(saved), "glue -d . --json --lr 0.01 --batch-size 8 --seeds 1,2 --epochs 4"
     tune = Mock(wraps=glue.fine_tune, side_effect=[DEFAULT, DEFAULT, KeyboardInterrupt])
     monkeypatch.setattr(glue, "fine_tune", tune)
     assert "Stopped: " in invoke(f"{how} -m model", 130).stderr
@@ -2331,21 +2333,139 @@ def test_glue_learns_keeps_what_it_found_and_goes_on(saved, vocabulary, monkeypa
     assert before.items() <= files_in(saved).items()
 
 def test_glue_of_bad_input_is_one_sentence(saved):
-    assert "no TASK.train.jsonl with its" in error("-m model -d .")
+    assert "no TASK.train.jsonl with its" in error("glue -m model -d .")
     write_items("cola.train", 2)
     for bad in ("{", "[]", "", '{"sentence": null, "label": 1}', '{"sentence": "a", "label": "1"}',
                 '{"sentence": "\\ud800", "label": 1}', '{"sentence": "a", "label": 2}',
                 '{"sentence": "a", "label": true}', '{"label": 1}'):
         write_items("cola.valid", 2, bad=f"{bad}\n")
-        assert "cola.valid.jsonl, line 3: expected a JSON obj" in error("-m model -d .")
+        assert "cola.valid.jsonl, line 3: expected a JSON obj" in error("glue -m model -d .")
     write_items("cola.valid", 0)
-    assert "cola.valid.jsonl is empty" in error("-m model -d .")
+    assert "cola.valid.jsonl is empty" in error("glue -m model -d .")
     write_items("cola.valid", 2)
     for flags, wanted in {"--lr nan": "not finite: take a lower", "--seeds 1,x": "such as 1,2,3",
                           "-m no": "no holds no finished model"}.items():
-        assert wanted in error(f"-m model -d . {flags}")
-    assert "is not one of 'cola'" in error("-m model -d . --task no", 2)
+        assert wanted in error(f"glue -m model -d . {flags}")
+    assert "is not one of 'cola'" in error("glue -m model -d . --task no", 2)
     assert not [*saved.glob("glue-*")]
+
+# -----------------------------------------------------------------------------
+# data/instruct.py: instructions and responses
+
+def literal_common(a, b):
+    pairs = literal_common(a[1:], b[1:]) + (a[0] == b[0]) if a and b else 0
+    return max(pairs, literal_common(a[1:], b), literal_common(a, b[1:])) if a and b else 0
+
+def test_rouge_is_the_literal_and_googles_with_stems_or_without(monkeypatch):
+    draw, words = random.Random(0), "The old dogs, dog-like! Runs running naïve 3rd (3) İ\0".split()
+    pairs = [[" ".join(draw.choices(words, k=draw.choice((0, 1, 5, 20)))) for _ in "ab"]
+             for _ in range(1000)]
+    split, (stems, told) = instruct.split_words, instruct.choose_splitter()
+    for a, b in [[split(text)[:6] for text in pair] for pair in pairs[:200]]:
+        assert instruct.rouge_l(a, b) == 2 * literal_common(a, b) / max(1, len(a) + len(b))
+    theirs = importorskip("rouge_score.rouge_scorer").RougeScorer
+    for own, stemmed in ((split, False), (stems, True)):
+        wanted = [theirs(["rougeL"], stemmed).score(*pair)["rougeL"].fmeasure for pair in pairs]
+        assert [instruct.rouge_l(*map(own, pair)) for pair in pairs] == approx(wanted, abs=1e-12)
+    monkeypatch.setitem(sys.modules, "rouge_score.tokenizers", None)
+    assert "stemmed by rouge_score" in told and instruct.choose_splitter()[0] is split
+
+def lines_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+@every_kind
+def test_greedy_responses_are_those_of_one_at_a_time_and_of_transformers(saved, vocabulary, kind):
+    """Prompts of several lengths, one cut on the left, and responses that end or do not."""
+    m = model(V=vocabulary.size, sharp=6, **kind)
+    c.save_model(saved, m, vocabulary)
+    prompts = ["Say it.", "The dogs ran.\n", "a b c d e " * 9, " a" * 15, " a" * 16]
+    instruct.write_lines(Path("x.jsonl"), [{"prompt": x, "output": ""} for x in prompts])
+    encode = functools.partial(vocabulary.tokenizer.encode, add_special_tokens=False)
+    rows = [[1, *encode(prompt).ids[-15:]] for prompt in prompts]
+    end, facts = c.write_on(m, rows[:1], [], 16, None, 0)[0][5], c.read_json(saved / "config.json")
+    c.write_json(saved / "config.json", facts | {"eos_token_id": [-10**30, end, None, 10**9]})
+    assert instruct.end_ids(saved, vocabulary, vocabulary.size) == [1, end]
+    for size in "1", "3", "64":
+        told = invoke(f"instruct -m model -d x.jsonl --temperature 0 --batch-size {size} --out {size}")
+        assert "2 of 5 prompts are cut to 16 tokens" in told.stderr
+    found = lines_of("1")
+    assert found == lines_of("3") == lines_of("64") and found[0]["ended"]
+    transformers = importorskip("transformers")
+    c.write_json(saved / "config.json", facts | {"eos_token_id": end})
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(saved)
+    for row, line in zip(rows, found):
+        ids = theirs.generate(torch.tensor([row]), max_new_tokens=16, do_sample=False,
+                              eos_token_id=[1, end], pad_token_id=0)[0, len(row):].tolist()
+        ids = ids[:-1] if ids[-1] in (1, end) else ids
+        text = transformers.AutoTokenizer.from_pretrained(saved).decode(ids, True).strip()
+        assert (text, len(ids), len(ids) < 16) == (line["output"], line["tokens"], line["ended"])
+
+def test_responses_are_scored_kept_compared_and_trained_on(saved, vocabulary, monkeypatch):
+    """Repeatable by seed; the best of several references; what cannot be is one sentence."""
+    items = [{"prompt": f"Say {i}.", "output": ["A cat.", f"The dog {i}."]} for i in range(9)]
+    instruct.write_lines(Path("a.test.jsonl"), items + [{"instruction": "Go.", "output": "yes"}])
+    command = "instruct -m model -d a.test.jsonl --length 24 --seeds "
+    found = json.loads(invoke(command + "5,3,5 --json --out text/x.train.jsonl").stdout)
+    kept, = saved.glob("rouge-a.test-*.jsonl")
+    content, lines = kept.read_bytes(), lines_of("text/x.train.jsonl")
+    assert re.search(r"10, seeds \[3, 5\](.*\n)+rouge_l .* ± ", invoke(command + "3,5").stdout)
+    rouge = np.array([line["rouge_l"] for line in lines]).reshape(2, 10)            # by seed
+    assert found["rouge_l"]["by_seed"] == approx([*rouge.mean(1)]) and kept.read_bytes() == content
+    assert c.read_scores(kept)[1].tolist() == approx([*rouge.mean(0) / 100])
+    assert found["rouge_l"]["deviation"] == approx(rouge.mean(1).std(ddof=1))
+    sizes = dict(context=96, positions=96, random_offset=False)
+    corpus = instruct.read_corpus(settings(text="text", tokenizer="model", **sizes), None)
+    assert len(corpus.train) == 20 * 96 + 1
+    invoke(command + "3 --out alone")
+    invoke(command + "3 --sample 5 --out five")
+    assert lines_of("alone") == lines[:10] and len([*saved.glob("rouge-*")]) == 3
+    assert [line["output"] for line in lines[10:]] != [line["output"] for line in lines[:10]]
+    assert [line["prompt"] for line in lines_of("five")] == [f"Say {i}." for i in range(0, 9, 2)]
+    shutil.copytree("model", "other")
+    ids = vocabulary.tokenizer.encode("the DOG 3,\n", add_special_tokens=False).ids
+    monkeypatch.setattr(c, "write_on", lambda m, rows, *_: [ids] * len(rows))
+    invoke("instruct -m other -d a.test.jsonl --length 24 --seeds 3,5 --out same")
+    found = [line["rouge_l"] for line in lines_of("same")[:10]]
+    assert lines_of("same")[0]["output"] == "the DOG 3,"
+    assert found == approx([200 / 3] * 3 + [100] + [200 / 3] * 5 + [0])
+    told = invoke("compare model other --suite rouge").stdout
+    assert re.search("a.test +10 .* better on these", told)
+    instruct.write_lines(Path("five"), lines[:5] + [{"prompt": "x", "output": []}])
+    for flags, wanted in {f"--out {kept}": "already there", "--out five/x": "Not a directory",
+                          "--seeds 1,x": "expected whole", "--temperature nan": "expected 0, or",
+                          "-d .": ". is no file", "-m no": "no holds no finished",
+                          "-d five": "five, example 6: expected a JSON"}.items():
+        assert wanted in error(f"{command} 3 {flags}")
+    assert "expected -m RUN and -d" in error("instruct -d five")
+
+def test_only_responses_are_learnt_from(saved, vocabulary, monkeypatch):
+    """A row an example, whose prompt may lose its left; resumed to the byte; Alpaca's template."""
+    encode = functools.partial(vocabulary.tokenizer.encode, add_special_tokens=False)
+    examples = [["Say it.", "A cat."], [" a" * 30 + " dog", "the dogs"], ["Say.", " a" * 30]]
+    ids = instruct.encode_examples(vocabulary, examples, 16)
+    rows = ids[:-1].reshape(-1, 16).tolist()
+    for row, (prompt, response) in zip(rows, examples):
+        given, learnt = [1, *encode(prompt).ids[-7:]], [*encode(response).ids, 1]
+        padding = 16 - len(given + learnt)
+        assert row == [~i for i in given] + learnt + [~1] * padding
+    assert len(rows) == 2 and ids[-1] == ~1 and padding
+    items = [{"instruction": "Go.", "input": "now" * (i % 2), "output": f"{i}"} for i in range(12)]
+    instruct.write_lines(Path("t/a.train.jsonl"), items)
+    instruct.write_lines(Path("t/a.dev.jsonl"), items[:5])
+    told = instruct.read_examples(Path("t"), ".*dev.jsonl")[1][0]
+    assert "task, paired with an " in told and told.endswith("t:\nnow\n\n### Response:\n")
+    command = "instruct train --teacher model --init model --text t --pairs none --context 24 "
+    command += "--batch-size 4 --warmup 2 --steps 7 --out "
+    monkeypatch.setattr(c, "read_corpus", c.read_corpus)                # which train replaces
+    assert "held-out loss" in invoke(command + "whole").stdout
+    stopped(monkeypatch, 5)
+    invoke(command + "part", 130)
+    invoke(command + "part --resume")
+    assert c.weights_digests(Path("part")) == c.weights_digests(Path("whole"))
+    assert not c.read_json(Path("part/run.json"))["settings"]["random_offset"]
+    for flags, wanted in {"--dev t/a.train.jsonl": "no *.dev.jsonl", "--text model": "model holds no",
+                          "--prefix none": "end with the prefix token"}.items():
+        assert wanted in error(f"{command} x {flags}")
 
 # -----------------------------------------------------------------------------
 # On a GPU
