@@ -1518,6 +1518,10 @@ def test_the_shipped_configs():
     rows = ("fw-2-23 fw-1-23 fw-2-24 fw-1-24 rv-2-23 rv-1-23 rv-2-24 rv-1-24 "
             "rv-2-23-plus rv-1-23-plus rv-2-24-plus rv-1-24-plus").split()
     files = {path.stem: path for path in (HOME / "configs").iterdir()}
+    akl = [c.read_settings(files.pop(f"akl-{size}"), NO_FLAGS, [HOME])[0]
+           for size in ("dolly", "small")]
+    assert [(s.objective, s.temperature, s.alpha, s.context) for s in akl] == [
+        ("akl", 1.0, 0.5, 512), ("akl", 1.0, 0.5, 256)]
     found = {name: c.read_settings(path, NO_FLAGS, []) for name, path in files.items()}
     assert found.keys() == {*rows, "paper", "small", "tiny"}
     for s, teachers in found.values():
