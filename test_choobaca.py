@@ -1793,7 +1793,9 @@ def test_the_readmes_commands_run(default_run, here):
         if program == "choobaca.py" and start == 1:
             assert invoke(shlex.join([verb, *args])).stdout, command
         elif program.startswith("data/"):
-            assert program[5:-3] in ("download", "figures") and invoke(f"{verb} --help")
+            script = program[5:-3]
+            assert script in ("download", "figures", "glue", "instruct")
+            assert invoke(f"{verb if script in ('download', 'figures') else script} --help").stdout
         else:
             run = [sys.executable, *["-m", "torch.distributed.run", *words[1:3]] * (start > 1)]
             assert subprocess.run([*run, HOME / program, verb, *args]).returncode == 0, command
