@@ -2226,6 +2226,20 @@ def test_the_toy_descends_by_the_divergences_gradients(name):
     assert alike(path, (start.softmax(-1), after.softmax(-1)), 1e-8)
     assert alike([value], literal(name, after, p.log(), targets)[:1], 1e-8)
 
+def test_what_the_papers_tables_say():
+    """As computed by hand from the same file: means, rankings, a claim that margins may fit."""
+    rows = [line.split(",") for line in (HOME / "data/paper.csv").read_text().splitlines()]
+    cells = {(row[1], model): row[i] for row in rows[1:] if row[0] == "glue"
+             for i, model in enumerate(rows[0])}
+    tasks = {task for task, _ in cells} - {"cola", "mrpc", "qqp", "mean"}
+    means = {model: np.mean([float(cells[task, model]) for task in tasks]) for model in rows[0][2:]}
+    off = [f"{model} {mean:.1f} ({cells['mean', model]})" for model, mean in means.items()
+           if abs(mean - float(cells["mean", model])) > 0.06]
+    told = invoke("paper").stdout
+    assert f"mean of 8 rows is the one printed for 12 of 14 models; not for {', '.join(off)}" in told
+    assert re.search("printed: FW-1-23 62.8, .*\n.*: RV-1-24.? 61.2, FW-1-23 61.1, ", told)
+    assert told.count("no margin gives that") == 4 and "(8, 1, 8); within 8.7 to 10.0" in told
+
 def test_toy_shows_where_modes_are_sought(tmp_path):
     """Only by a student that is one Gaussian, and only where the modes are narrow."""
     told = invoke(f"toy --json --svg {tmp_path}/toy.svg").stdout

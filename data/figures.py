@@ -2,10 +2,12 @@
 
     python data/figures.py report RUN [RUN ...]     settings, accuracies and curves on one HTML page
     python data/figures.py toy                      what each divergence makes of a small teacher
+    python data/figures.py paper                    what follows from the paper's own Table 2
 
 "AKL paper" is Wu et al. 2024, "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for
 Large Language Models". We write the SVG by hand, so no plotting package is needed.
 """
+import csv
 import html
 import json
 import math
@@ -502,6 +504,87 @@ def toy_command(objectives: tuple[str, ...], svg: Path | None, as_json: bool, **
         with c.written_whole(svg) as file:
             file.write(toy_figure(results).encode())
     click.echo(json.dumps(results, indent=2) if as_json else toy_table(results, how["epochs"]))
+
+
+# What the paper's section 3 says of two models: in how many tasks of these suites the first is
+# better, as good, worse. "BLiMP (17 tasks)" is BLiMP's 12 phenomena and the supplement's 5 tasks.
+CLAIMS = [("RV-1-24", "RV-2-24", "glue", (3, 8, 0)), ("RV-1-24", "RV-2-24", "ewok", (0, 11, 0)),
+          ("RV-1-24", "RV-2-24", "blimp supplement", (0, 17, 0)),
+          ("RV-1-23", "RV-2-23", "glue ewok", (12, 7, 3)),
+          ("RV-1-23", "RV-2-23", "blimp supplement", (8, 2, 7)),
+          ("RV-1-24", "FW-2-24", "glue ewok", (3, 18, 1))]
+SCORES_NOT_ACCURACIES = ("cola", "mrpc", "qqp")         # Matthews' correlation, and F1
+ITEMS = {"wsc": 52, "qa_congruence_easy": 64, "rte": 139, "mrpc": 204, "turn_taking": 280,
+         "a BLiMP paradigm": 1000, "boolq": 1635, "multirc": 2424, "subject_aux_inversion": 3867,
+         "mnli": 4908, "qqp": 20_215}                   # in BabyLM's files; not known for all
+
+
+def paper_means(rows: list[dict[str, str]], suite: str, without: tuple[str, ...] = ()) -> str:
+    """Say for which models the mean of a suite's rows in Table 2 is what Table 3 prints."""
+    tasks = [row for row in rows if row["suite"] == suite and row["row"] not in ("mean", *without)]
+    printed, = (row for row in rows if row["suite"] == suite and row["row"] == "mean")
+    off = {}
+    for model in list(printed)[2:]:
+        mean = sum(float(row[model]) for row in tasks) / len(tasks)
+        if abs(mean - float(printed[model])) > 0.075:           # what rounding of both may do
+            off[model] = f"{model} {mean:.1f} ({printed[model]})"
+    left_out = f" without {', '.join(without)}" if without else ""
+    agree = len(printed) - 2 - len(off)
+    return (f"{suite}{left_out}: the mean of {len(tasks)} rows is the one printed for {agree} of "
+            f"{len(printed) - 2} models" + f"; not for {', '.join(off.values())}" * (0 < len(off) < 8))
+
+
+def paper_claim(rows: list[dict[str, str]], better: str, other: str, suites: str,
+                claim: tuple[int, int, int]) -> str:
+    """Count in how many tasks one model's figure in Table 2 is higher, equal, lower.
+
+    "Match" is not defined: we try all margins up to 10 points within which two figures may."""
+    gaps = [round(float(row[better]) - float(row[other]), 1) for row in rows
+            if row["suite"] in suites.split() and row["row"] != "mean"]
+
+    def count(margin: float) -> tuple[int, int, int]:
+        wins = sum(gap > margin for gap in gaps)
+        losses = sum(gap < -margin for gap in gaps)
+        return wins, len(gaps) - wins - losses, losses
+
+    margins = [step / 10 for step in range(101) if count(step / 10) == claim]
+    how = f"within {margins[0]} to {margins[-1]} points" if margins else "no margin gives that"
+    return (f"{better} against {other}, {suites.replace(' ', ' and ')}: said to be better, as good, "
+            f"worse in {claim}; Table 2 has {count(0)}; {how}")
+
+
+def ranked(figures: dict[str, float]) -> str:
+    """List models and their figures, the highest first."""
+    order = sorted(figures, key=figures.get, reverse=True)
+    return ", ".join(f"{model} {figures[model]:.1f}" for model in order)
+
+
+@cli.command("paper")
+def paper_command() -> None:
+    """Say what follows from the paper's Tables 2 and 3 (data/paper.csv), and what does not.
+
+    \b
+    Example: python data/figures.py paper"""
+    rows = list(csv.DictReader((c.HOME / "data/paper.csv").read_text().splitlines()))
+    click.echo("Means of Table 3, in parentheses where they differ from those of Table 2's rows:")
+    for suite in ("blimp", "supplement", "ewok", "glue"):
+        click.echo("- " + paper_means(rows, suite))
+    click.echo("- " + paper_means(rows, "glue", SCORES_NOT_ACCURACIES))
+    macro = {model: float(rows[-1][model]) for model in list(rows[-1])[2:]}
+    click.echo(f"- Macro-averages as printed: {ranked(macro)}")
+    # the same with the mean of all (Super)GLUE tasks for each model, as the two baselines have it
+    for model in macro:
+        printed = [float(row[model]) for row in rows if row["row"] == "mean"][:3]
+        tasks = [float(row[model]) for row in rows if row["suite"] == "glue"][:-1]
+        macro[model] = (sum(printed) + sum(tasks) / len(tasks)) / 4
+    click.echo(f"- With all 11 (Super)GLUE tasks for all: {ranked(macro)}")
+    click.echo("\nWhat section 3 counts:")
+    for claim in CLAIMS:
+        click.echo("- " + paper_claim(rows, *claim))
+    click.echo("\nTwo models whose answers differ on a fifth of n items can be told apart (95 %) "
+               "from this\nmany points on, 196 sqrt(0.2 / n):")
+    for name, n in ITEMS.items():
+        click.echo(f"  {name:<22} {n:>6,}  {196 * math.sqrt(0.2 / n):5.1f}")
 
 
 if __name__ == "__main__":
