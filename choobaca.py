@@ -2327,7 +2327,7 @@ def sample_command(run, prompt, tokens, temperature, count, seed, out, device):
          f"model's {model.config.positions:,} positions.")
     # a line ends before the next prefix token, at a line break, or at the model's eos
     ends = [*newline, vocabulary.prefix_id]
-    ends += [i for i in eos if type(i) is int and i < len(model.head)]
+    ends += [i for i in eos if type(i) is int and 0 <= i < len(model.head)]
     rows = [start] * (256 if out else count)
     generator = torch.Generator(model.head.device).manual_seed(seed)
     lines = []

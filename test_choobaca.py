@@ -1376,7 +1376,7 @@ DAMAGED = {                     # what config.json says: the sentence
 def test_a_sample_ends_with_its_line(saved, vocabulary, monkeypatch):
     """At the prefix token, a line break, or any eos_token_id that is one."""
     monkeypatch.setattr(torch, "multinomial", lambda *_, **__: torch.tensor([[drawn.pop(0)]]))
-    eos = {"eos_token_id": [2, 7, None, "x", 10**9, 10**30]}
+    eos = {"eos_token_id": [2, 7, None, "x", 10**9, -10**30]}
     encode = functools.partial(vocabulary.tokenizer.encode, add_special_tokens=False)
     c.write_json(saved / "config.json", c.read_json(saved / "config.json") | eos)
     for text, end in ((" the dog ran.", 1), (" a", 2), (" A🐈", encode("\n").ids[-1]), (" a", 7)):
