@@ -74,11 +74,28 @@ def model(V=50, seed=0, sharp=1.0, **changes):
     """A small model."""
     return sharpened(c.new_model(settings(**changes), V, seed), sharp)
 
+def written_model(folder, vocabulary, **changes):
+    """A small model, and its folder."""
+    m = model(V=vocabulary.size, **changes).eval()
+    c.save_model(Path(folder), m, vocabulary)
+    return m
+
 def parameters(m):
     return sum(parameter.numel() for parameter in m.parameters())
 
 def logits(m, ids):
     return m.hidden(ids) @ m.head.T
+
+def encoded(vocabulary, text):
+    """A text's ids, without special tokens."""
+    return vocabulary.tokenizer.encode(text, add_special_tokens=False).ids
+
+def lines_of(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+def edit(path, **changes):
+    """Change values in a file of JSON."""
+    c.write_json(path, c.read_json(path) | changes)
 
 def invoke(command, code=0):
     """The result of a command of one of the programs, checked to end so and with no traceback."""
@@ -98,26 +115,22 @@ def error(command, code=1):
     assert result.stderr.split("Error: ")[1].count("\n") == 1, result.stderr
     return result.stderr
 
+def refused(command, cases):
+    """Each of some flags ends a command with a sentence, which has the words beside it."""
+    for flags, wanted in cases.items():
+        assert wanted in error(f"{command} {flags}"), flags
+
 def brief_config(folder, extra="", teachers=""):
     """A TOML file of a run of seconds, with two teachers, on a part of the text."""
     path, text = folder / "brief.toml", folder / "brief"
     text.mkdir(exist_ok=True)
     for name, size in (("train.txt", 80_000), ("dev.txt", 20_000)):
         (text / name).write_text((TINY / name).read_text()[:size])
-    path.write_text(f"""
+    shape = "vocab_size=300 context=32 batch_size=8 width=32 layers=1 inner=32".split()
+    course = "steps=6 warmup=2 lr=3e-3 sample=40 dev_tokens=2000".split()
+    path.write_text("\n".join(shape + course) + f"""
         text = "{text}"
         pairs = "{TINY / "blimp"}"
-        vocab_size = 300
-        context = 32
-        batch_size = 8
-        width = 32
-        layers = 1
-        inner = 32
-        steps = 6
-        warmup = 2
-        lr = 3e-3
-        sample = 40
-        dev_tokens = 2000
         {extra}
         [[teacher]]
         width = 48
@@ -139,7 +152,7 @@ def vocabulary(tmp_path_factory):
 def saved(tmp_path, monkeypatch, vocabulary):
     """A model's folder, in the test's, which is made the current one."""
     monkeypatch.chdir(tmp_path)
-    c.save_model(Path("model"), model(V=vocabulary.size), vocabulary)
+    written_model("model", vocabulary)
     return Path("model")
 
 @fixture(scope="session", autouse=True)
@@ -233,14 +246,13 @@ def test_what_is_only_read_is_not_learnt_from(monkeypatch):
     ids = some_ids(129).numpy()
     inputs, targets = batch = c.batch_at(0, np.where(np.arange(129) % 16 < 9, ~ids, ids), s)
     assert torch.equal(inputs, c.batch_at(0, ids, s)[0])
-    learnt = torch.where(targets.flatten() >= 0)[0]
-    assert len(learnt) == 8 * 7 and not (targets < -1).any()
-    z, w = (logits(m, inputs).flatten(0, 1)[learnt] for m in (student, teacher))
-    wanted = c.plain_loss(z, w, targets.flatten()[learnt], 2.0, 0.5) / 56
-    slopes = torch.autograd.grad(wanted, list(student.parameters()))
-    ce = F.cross_entropy(z, targets.flatten()[learnt]).item()
+    z, w = (logits(m, inputs)[targets >= 0] for m in (student, teacher))
+    learnt = targets[targets >= 0]
+    assert len(learnt) == 8 * 7 and targets.min() == -1
+    wanted = c.plain_loss(z, w, learnt, 2.0, 0.5) / 56
+    slopes = torch.autograd.grad(wanted, [*student.parameters()], retain_graph=True)
     monkeypatch.setattr(c, "windows", lambda *_: batch)
-    assert c.held_out_loss(student, ids, s) == approx(ce, rel=1e-5)
+    assert c.held_out_loss(student, ids, s) == approx(F.cross_entropy(z, learnt).item(), rel=1e-5)
     monkeypatch.setattr(sys.modules[__name__], "BATCH", batch)
     assert step_of(student, c.Coach([teacher]), clip=0.0, micro_batch=2)[0] == approx(wanted.item())
     assert all(off(p.grad, slope) < 1e-4 for p, slope in zip(student.parameters(), slopes))
@@ -256,7 +268,7 @@ def test_tokenizer_training_is_repeatable_and_any_text_survives(tmp_path):
     ids = [tokenizer.token_to_id(token) for token in ("<pad>", "<s>", "</s>")]
     assert ids == [0, prefix_id, 2] == [0, 1, 2]
     text = " Tom’s naïve 🐈 said: \t£5!"
-    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False).ids) == text
+    assert tokenizer.decode(encoded(loaded, text)) == text
     assert c.train_tokenizer(["ab cd"], 300).get_vocab_size() == 3 + 256    # each pair occurs once
 
 @mark.parametrize("prefix", ["line", "none"])
@@ -323,10 +335,9 @@ def test_a_position_sees_those_before_it_from_a_cache_or_not(kind):
 
 def test_plain_attention_is_the_librarys():
     q, k, v = randn(3, 2, 4, 9, 8)
-    before, some = torch.ones(9, 9).tril().bool(), torch.eye(9).bool() | (randn(2, 1, 9, 9) > 0)
-    library = F.scaled_dot_product_attention
-    assert alike(c.plain_attention(q, k, v, before), library(q, k, v, is_causal=True))
-    assert alike(c.plain_attention(q, k, v, some), library(q, k, v, some))
+    for seen in (torch.ones(9, 9).tril() > 0, torch.eye(9).bool() | (randn(2, 1, 9, 9) > 0)):
+        wanted = F.scaled_dot_product_attention(q, k, v, seen)
+        assert alike(c.plain_attention(q, k, v, seen), wanted)
 
 def test_rotary_products_depend_on_distance_alone():
     angles = c.rotary_angles(torch.arange(20), 8, 10_000.0)
@@ -357,36 +368,30 @@ def test_initial_weights_by_role(kind):
         assert x.std().item() == approx(size if x.dim() > 1 else 0, rel=0.05), name
         assert "c_attn.bias" in name or not torch.equal(x, stepped), name
 
-@every_kind
-def test_transformers_reads_our_folders(tmp_path, vocabulary, kind):
-    transformers = importorskip("transformers")
-    m, ids = model(V=vocabulary.size, sharp=5, **kind), some_ids(2, 16, V=300)
-    c.save_model(tmp_path, m, vocabulary)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+def theirs_as_ours(folder, m):
+    """The model that transformers reads in a folder, checked to be m."""
+    read = importorskip("transformers").AutoModelForCausalLM.from_pretrained
+    theirs, ids = read(folder).eval(), torch.arange(320).view(20, 16)
     assert (theirs(ids).logits - logits(m, ids)).abs().max() < 1e-5
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert (theirs.bos_token, theirs.eos_token) == ("<s>", "</s>")
-    ids = vocabulary.tokenizer.encode(" The dogs ran.", add_special_tokens=False).ids
-    assert theirs.encode(" The dogs ran.", add_special_tokens=False) == ids
-    assert theirs.encode(" The dogs ran.") == [1, *ids]
+    return theirs
 
 @every_kind
-def test_what_transformers_makes_of_our_folders(tmp_path, vocabulary, kind):
-    """A classifier of padded batches, and text that ends where our lines end."""
-    transformers = importorskip("transformers")
-    m = model(V=vocabulary.size, **kind).eval()
-    m.head.data[1] = 10 * m.head.data[1]
-    c.save_model(tmp_path, m, vocabulary)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    batch = tokenizer(["The dogs ran.", "A cat."], return_tensors="pt", padding=True)
-    judge = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
-    alone = tokenizer(["A cat."], return_tensors="pt")
-    assert (judge(**batch).logits[1] - judge(**alone).logits[0]).abs().max() < 1e-5
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+def test_a_saved_model_comes_back_here_and_in_transformers(tmp_path, vocabulary, kind):
+    """Which writes text that ends where our lines end."""
+    m, ids = written_model(tmp_path, vocabulary, sharp=5, **kind), some_ids(25, 16)
+    back, same = c.load_model(tmp_path, "cpu")
+    assert torch.equal(logits(m, ids), logits(back, ids)) and back.config.positions == 32
+    assert same.files == vocabulary.files
+    theirs, text = theirs_as_ours(tmp_path, m), " The dogs ran."
+    theirs.lm_head.weight.data[1] *= 10                 # the end is likely at some places
     torch.manual_seed(0)
     rows = theirs.generate(torch.ones(20, 1, dtype=torch.long), do_sample=True, max_length=16)
     ended = [row[1:] for row in rows.tolist() if 1 in row[1:]]
     assert ended and all({*row[row.index(1) + 1:]} <= {0} for row in ended)
+    tokenizer = importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+    assert tokenizer.encode(text) == [1, *encoded(vocabulary, text)]
+    assert tokenizer.encode(text, add_special_tokens=False) == encoded(vocabulary, text)
 
 # -----------------------------------------------------------------------------
 # 4. Divergences
@@ -632,19 +637,20 @@ def test_two_teachers_are_the_mean_of_their_logits():
 # 6. Schedules and one step
 
 def test_learning_rate_beta_and_pytorchs_t_max():
-    s = settings(lr=1.0, warmup=10, beta=0.7, progressive=True)
-    rates = [c.lr_at(step, 110, s) for step in range(110)]
-    rising, falling = np.arange(1, 11) / 11, np.cos(np.arange(100) * math.pi / 100)
-    assert rates == approx([*rising, *(0.5 + 0.5 * falling)])
+    s = settings(beta=0.7, progressive=True)
     betas = [c.beta_at(epoch, 6, s) for epoch in range(6)]                                  # Eq. 3
     assert betas == approx([0.7, 0.583, 0.467, 0.35, 0.233, 0.117], abs=1e-3)
     assert c.beta_at(99, 100, s) == 0.1 and c.beta_at(5, 6, settings(beta=0.7)) == 0.7
     assert c.beta_at(1, 2, settings(beta=0.05, progressive=True)) == 0.05
-    s, optimizer = settings(lr=0.5, warmup=0, t_max=30), torch.optim.SGD([torch.zeros(1)], lr=0.5)
-    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=30)
-    for step in range(100):
-        assert [c.lr_at(step, 100, s)] == approx(theirs.get_last_lr(), abs=1e-12)
-        optimizer.step(), theirs.step()
+    for warmup, t_max in ((10, 0), (0, 30)):
+        s = settings(lr=0.5, warmup=warmup, t_max=t_max)
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.5)
+        theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=t_max or 100)
+        rates = [c.lr_at(step, 100 + warmup, s) for step in range(100 + warmup)]
+        assert rates[:warmup] == approx(np.arange(1, warmup + 1) / 22)
+        for rate in rates[warmup:]:
+            assert [rate] == approx(theirs.get_last_lr(), abs=1e-12)
+            optimizer.step(), theirs.step()
 
 # -----------------------------------------------------------------------------
 # 7. Minimal pairs
@@ -653,14 +659,17 @@ def sentences(*texts, context=""):
     return [c.Pair((context, " " + good), (context, " " + bad), "one", "all", Path("x"), i)
             for i, (good, bad) in enumerate(zip(texts[::2], texts[1::2]), 1)]
 
-def plain_score(m, vocabulary, text):
-    """A text alone, by lm-evaluation-harness's rule, all logits at once, in float64."""
-    given, ids = (vocabulary.tokenizer.encode(part, add_special_tokens=False).ids
-                  for part in (text[0].rstrip(), "".join(text)))
-    if not text[0]:
-        given, ids = [0], [vocabulary.prefix_id, *ids]
+def score_of(m, ids, given=1):
+    """The log-probability of all ids but the first ones, all logits at once, in float64."""
     log_p = logits(m, torch.tensor([ids[:-1]]))[0].double().log_softmax(-1)
-    return log_p.gather(1, torch.tensor(ids[1:])[:, None])[len(given) - 1:].sum().item()
+    return log_p.gather(1, torch.tensor(ids[1:])[:, None])[given - 1:].sum().item()
+
+def plain_score(m, vocabulary, text):
+    """A text alone, by lm-evaluation-harness's rule."""
+    ids = encoded(vocabulary, "".join(text))
+    if not text[0]:
+        return score_of(m, [vocabulary.prefix_id, *ids])
+    return score_of(m, ids, len(encoded(vocabulary, text[0].rstrip())))
 
 @every_kind
 @mark.parametrize("nodes", [1, 7, 128])
@@ -692,10 +701,9 @@ def test_the_rule_of_2026(saved, vocabulary):
     m = model(V=vocabulary.size, sharp=5)
     for each, begins in ((vocabulary, True), (vocabulary._replace(tokenizer=bare), False)):
         ids = each.tokenizer.encode("A cat. It ran").ids
-        log_p = logits(m, torch.tensor([ids[:-1]]))[0].double().log_softmax(-1)
-        wanted = log_p.gather(1, torch.tensor(ids[1:])[:, None]).sum().item()
+        found = c.score_pairs(m, each, [pair], "", "2026")[0, 0]
+        assert found == approx(score_of(m, ids), abs=1e-5)
         assert (ids[0] == vocabulary.prefix_id) == begins
-        assert c.score_pairs(m, each, [pair], "", "2026")[0, 0] == approx(wanted, abs=1e-5)
     write_pairs("p/a.jsonl", *AB * 9)
     for rule, name in (("2024", "blimp"), ("2026", "2026-blimp")):
         invoke(f"eval-blimp -m model -d p --rule {rule}")
@@ -717,12 +725,12 @@ def test_the_trie_of_its_docstring():
     c.score_tries(m, [trie])
     sees = m.hidden.call_args.kwargs["tree"].sees[0, 0].tolist()
     rows = [[word, *(".x"[seen] for seen in row)] for word, row in zip(words, sees)]
-    for row in [["id", *words[:4]], ["depth", *trie.depth], ["end", *trie.end], *rows]:
+    ids = [words[i] for i in trie.ids]
+    for row in [["id", *ids], ["depth", *trie.depth], ["end", *trie.end], *rows]:
         assert " ".join(map(str, row)) in shown
     edges = [f"({node}, {words[i]})" for node, i in trie.edges]
-    first, second, _ = (" + ".join(edges[i] for i in row) for row in trie.sequences.values())
-    assert f"first scores {first}, the second {second}." in shown
-    assert trie.ids == [0, 1, 2, 3] and len(edges) == 6
+    first, *_ = (" + ".join(edges[i] for i in row) for row in trie.sequences.values())
+    assert f"first scores {first}, the second" in shown and len(edges) == 6
 
 def test_no_array_of_all_logits_is_held_in_scoring():
     texts = map(tuple, some_ids(240, 9, V=5000).tolist())
@@ -757,7 +765,7 @@ def weights(run):
 
 def history(run):
     """The log without its timings."""
-    lines = map(json.loads, Path(run, "log.jsonl").read_text().splitlines())
+    lines = lines_of(Path(run, "log.jsonl"))
     return [{key: line[key] for key in line if key != "seconds"} for line in lines]
 
 def steps_of(run):
@@ -806,35 +814,36 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         file.write(b"AAA")
     assert path.read_text() == "AAAAAA" and list(tmp_path.iterdir()) == [path]
 
-@every_kind
-def test_a_saved_model_comes_back(tmp_path, vocabulary, kind):
-    m, ids = model(V=vocabulary.size, sharp=5, **kind), torch.arange(400).view(25, 16)
-    c.save_model(tmp_path, m, vocabulary)
-    back, same = c.load_model(tmp_path, "cpu")
-    assert torch.equal(logits(m, ids), logits(back, ids)) and back.config.positions == 32
-    assert same.files == vocabulary.files
-
-def test_what_other_programs_write_is_read(tmp_path, vocabulary):
-    """Old names, masks, bf16 and shards; a theta said twice, or once as null; prefix tokens."""
-    m = model(V=vocabulary.size, model_type="gpt2", tied=True)
-    c.save_model(tmp_path, m, vocabulary)
-    (tmp_path / "model.safetensors").unlink()
-    old = {name: c.stored(name, x) for name, x in m.bfloat16().state_dict().items()}
-    old |= {"h.0.attn.bias": torch.ones(1, 1, 4, 4)}
-    for i, shard in enumerate("ab"):
-        c.write_safetensors(tmp_path / shard, dict([*old.items()][i::2]))
-    c.write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"x": "a", "y": "b"}})
-    back, _ = c.load_model(tmp_path, "cpu")
-    assert all(map(torch.equal, back.parameters(), m.float().parameters()))
-    for theta in (777.0, None):
-        twice = {"rope_theta": theta, "rope_parameters": {"rope_theta": 777.0}}
-        c.write_json(tmp_path / "x", c.to_hf_config(settings(), vocabulary) | twice)
-        assert c.from_hf_config(tmp_path / "x")[0].rope_theta == 777.0
+def test_what_other_programs_write_is_read(tmp_path, vocabulary, capsys):
+    """GPT-2 as on the hub, and in shards: bf16, old names, masks of any dtype, a special token
+    behind V; and the prefix token as one of two files names it, or none."""
+    m = written_model(tmp_path, vocabulary, model_type="gpt2", tied=True)
     for name, roles, wanted in (("special_tokens_map", "{}", 1), ("tokenizer_config", "{}", 1),
                                 ("tokenizer_config", '{"eos_token": {"content": "</s>"}}', 2),
                                 ("special_tokens_map", '{"bos_token": "<pad>"}', 0)):
         (tmp_path / f"{name}.json").write_text(roles)
         assert c.load_vocabulary(tmp_path).prefix_id == wanted
+    os.remove(tmp_path / "special_tokens_map.json")
+    os.remove(tmp_path / "model.safetensors")
+    old = {name: c.stored(name, x) for name, x in m.bfloat16().named_parameters()}
+    old |= {"h.0.attn.bias": torch.ones(1, 1, 4, 4).half()}
+    for i, shard in enumerate("ab"):
+        path, part = tmp_path / shard, dict([*old.items()][i::2])
+        c.write_safetensors(path, part)
+        path.write_bytes(path.read_bytes().replace(b'"F16"', b'"U8" '))
+    c.write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"x": "a", "y": "b"}})
+    tokenizer = c.Tokenizer.from_str(vocabulary.tokenizer.to_str())
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for facts in ({"model_max_length": 1024}, {"bos_token": "<|endoftext|>"}):
+        c.write_json(tmp_path / "tokenizer_config.json", facts)
+        back, known = c.load_model(tmp_path, "cpu")
+        assert (known.prefix_id, known.size) == (1, vocabulary.size)
+        assert all(map(torch.equal, back.parameters(), m.float().parameters()))
+    assert capsys.readouterr().err == ""
+    c.write_safetensors(path, part | {"lm_head.weight": torch.ones_like(m.head)})
+    with raises(click.ClickException, match="ties head and embedding"):
+        c.load_model(tmp_path, "cpu")
 
 LLAMA = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 @mark.parametrize("sizes", [
@@ -845,13 +854,12 @@ def test_we_read_the_folders_of_transformers(tmp_path, vocabulary, sizes):
     """Whole, and in shards."""
     transformers = importorskip("transformers")
     kind = transformers.LlamaConfig if "hidden_size" in sizes else transformers.GPT2Config
-    config, ids = kind(vocab_size=vocabulary.size, **sizes), torch.arange(400).view(25, 16)
-    theirs = sharpened(transformers.AutoModelForCausalLM.from_config(config), 5).eval()
+    config = kind(vocab_size=vocabulary.size, **sizes)
+    theirs = sharpened(transformers.AutoModelForCausalLM.from_config(config), 5)
     for shard in ("1GB", "20KB"):
         theirs.save_pretrained(tmp_path / shard, max_shard_size=shard)
         (tmp_path / shard / "tokenizer.json").write_bytes(vocabulary.files["tokenizer.json"])
-        ours, _ = c.load_model(tmp_path / shard, "cpu")
-        assert (theirs(ids).logits - logits(ours, ids)).abs().max() < 1e-5
+        theirs_as_ours(tmp_path / shard, c.load_model(tmp_path / shard, "cpu")[0])
 
 def test_a_tokenizer_without_a_line_break_ends_a_text_with_its_prefix():
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "a": 1}, "a"))
@@ -864,77 +872,47 @@ def test_folders_edited_by_hand(tmp_path, vocabulary):
     transformers = importorskip("transformers")
     theta = {"rope_parameters": {"rope_type": "default", "rope_theta": 777.0}}
     scaled = {"rope_scaling": {"type": "linear", "factor": 2.0}}
-    m = model(V=vocabulary.size, sharp=5).eval()
     for i, (name, changed, refusal) in enumerate((
             ("config", {"rope_theta": 9.0} | theta, ""), ("config", theta | scaled, "are scaled"),
+            ("config", {"rope_theta": None} | theta, ""),
             ("tokenizer_config", {"bos_token": "</s>"}, ""),
             ("special_tokens_map", {"bos_token": "</s>"}, ""),
             ("special_tokens_map", {"bos_token": None}, ""),
             ("tokenizer_config", {"bos_token": "</s>", "added_tokens_decoder": {}}, ""))):
         folder = tmp_path / str(i)
-        c.save_model(folder, m, vocabulary)
-        path = folder / f"{name}.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changed))
+        written_model(folder, vocabulary, sharp=5)
+        edit(folder / f"{name}.json", **changed)
         if refusal:
             with raises(click.ClickException, match=refusal):
                 c.load_model(folder, "cpu")
             continue
         ours, known = c.load_model(folder, "cpu")
-        theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
-        ids = torch.arange(320).view(20, 16)
-        assert (theirs(ids).logits - logits(ours, ids)).abs().max() < 1e-5
+        theirs_as_ours(folder, ours)
         theirs = transformers.AutoTokenizer.from_pretrained(folder)
         wanted = theirs.eos_token_id if theirs.bos_token_id is None else theirs.bos_token_id
         assert known.prefix_id == wanted, changed
 
-def test_gpt2_as_on_the_hub(tmp_path, vocabulary, capsys):
-    """Old masks of any dtype, no prefix in the names, a special token behind V, no bos beside."""
-    m = model(V=vocabulary.size, model_type="gpt2", tied=True).eval()
-    c.save_model(tmp_path, m, vocabulary)
-    weights = {name: c.stored(name, x) for name, x in m.named_parameters()}
-    weights |= {"h.0.attn.bias": torch.ones(1, 1, 4, 4).half()}
-    path = tmp_path / "model.safetensors"
-    c.write_safetensors(path, weights)
-    path.write_bytes(path.read_bytes().replace(b'"F16"', b'"U8" '))
-    tokenizer = c.Tokenizer.from_str(vocabulary.tokenizer.to_str())
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    os.remove(tmp_path / "special_tokens_map.json")
-    for facts in ({"model_max_length": 1024}, {"bos_token": "<|endoftext|>"}):
-        c.write_json(tmp_path / "tokenizer_config.json", facts)
-        found, known = c.load_model(tmp_path, "cpu")
-        assert (known.prefix_id, known.size) == (1, vocabulary.size)
-        assert torch.equal(logits(found, some_ids(1, 8)), logits(m, some_ids(1, 8)))
-    assert capsys.readouterr().err == ""
-    c.write_safetensors(path, weights | {"lm_head.weight": torch.ones_like(m.head)})
-    with raises(click.ClickException, match="ties head and embedding"):
-        c.load_model(tmp_path, "cpu")
-
-def test_logits_without_a_token_teach_nothing(here):
+def test_logits_without_a_token_teach_nothing(here, saved, vocabulary):
     """A teacher whose vocabulary is padded is the teacher without its padding."""
-    train("a/run")
-    teacher, vocabulary = c.load_model(Path("a/run"), "cpu")
-    padded = model(V=vocabulary.size + 28, **{name: getattr(teacher.config, name) for name in (
-        "width", "layers", "heads", "inner", "positions")})
+    teacher, padded = c.load_model(saved, "cpu")[0], model(V=vocabulary.size + 28)
     for name, weight in teacher.named_parameters():
         padded.get_parameter(name).data[:len(weight)] = weight
     c.save_model(Path("padded"), padded, vocabulary)
-    facts = c.read_json(Path("padded/config.json"))
-    c.write_json(Path("padded/config.json"), facts | {"vocab_size": vocabulary.size + 28})
-    for name in ("a/run", "padded"):
-        told = train(f"{name[0]}/student", f"--objective rkl --teacher {name}").stderr
+    edit(Path("padded/config.json"), vocab_size=vocabulary.size + 28)
+    for name in ("model", "padded"):
+        flags = f"--objective rkl --teacher {name} --context 16 --pairs none"
+        told = train(f"{name[0]}/student", flags).stderr
     assert "logits behind the vocabulary are left out" in told
-    assert weights("a/student") == weights("p/student")
+    assert weights("m/student") == weights("p/student")
 
 def test_a_run_is_repeatable_and_looking_changes_nothing(here):
     """The same weights of student and teachers, to the byte, and the same log; with dropout."""
-    for name, flags in (("a", ""), ("b", ""), ("c", "--eval-every 4")):
+    for name, flags in (("a", ""), ("b", "--eval-every 4")):
         train(f"{name}/run", f"--objective rkl --teachers 2 {flags}")
     runs = [path.parent.name for path in here.glob("a/*/log.jsonl")]
-    for run in runs:
-        assert weights(f"a/{run}") == weights(f"b/{run}") == weights(f"c/{run}")
-    one, same, looked = map(history, ("a/run", "b/run", "c/run"))
-    assert one == same and steps_of("a/run") == steps_of("c/run") and len(runs) == 3
+    assert len(runs) == 3 and all(weights(f"a/{run}") == weights(f"b/{run}") for run in runs)
+    one, looked = history("a/run"), history("b/run")
+    assert [line for line in one if line in looked] == looked
     assert [len(one), len(looked), one[-1] == looked[-1]] == [12, 8, True]
 
 def test_a_run_says_what_it_is(here):
@@ -947,8 +925,7 @@ def test_a_run_says_what_it_is(here):
         told.stdout)
     assert re.match("--skew has no effect here.\n[^-]*$", told.stderr)      # 96 = 0.75 * 32 * 2^2
     assert "+ 216 rkl at temperature 3," in train("a", flags + " --temperature 3").stdout
-    told = train("a", "--dry-run --objective ce --beta 0.3").stderr
-    assert told.startswith("--beta has no") and not os.path.exists("a")
+    assert not os.path.exists("a")
     told, record = train("a", "--prefix none"), c.read_json(Path("a/run.json"))
     assert re.search("held out.*\npairs.*\n.* parameters.* steps .* words\n", told.stderr)
     assert re.search("mean of 20 paradigms(.*\n)*model +a, held-out", told.stdout)
@@ -962,9 +939,6 @@ def test_a_run_says_what_it_is(here):
     assert "Text: brief, 14,270 words\n- Teachers: none" in card and str(here) not in card
     told = train("b", "--pairs none").stdout
     assert re.match("model +b, held-out loss", told) and not list(here.glob("b/blimp-*"))
-
-def test_a_flag_without_effect_is_named(here):
-    train("a")
     for flags in ("--beta 0.7 --objective ce", "--width 32 --init a", "--tokenizer a --init a"):
         told = train("x", f"--dry-run {flags}").stderr
         assert f"{flags.split()[0]} has no effect here.\n" in told
@@ -984,8 +958,6 @@ def test_models_are_kept_by_words_read(here, monkeypatch):
     steps = c.checkpoint_steps(c.Corpus(None, ids, ids, 10**6, {}), s)
     assert [*steps][:19:9] == ["chck_1M", "chck_10M", "chck_100M"] and len(steps) == 28
     assert steps["chck_1000M"] == 10**9 / 128
-    train("a", "--checkpoints 1k --overwrite --steps 20")
-    assert not os.path.exists("a/chck_100/model.safetensors")
 
 def test_what_is_replaced_is_the_runs_own(here):
     """Not what a link leads to, nor what somebody keeps there; and no NaN is a model."""
@@ -1021,13 +993,13 @@ def test_a_run_begins_with_given_weights(here, saved, vocabulary):
     train("c", "--init a --lr 0 --objective rkl --teacher a")
     assert weights("a") == weights("b") == weights("c") and history("c")[0]["kl"] < 1e-6
     train("d", "--init model --context 16 --pairs none")
-    c.save_model(saved, model(V=vocabulary.size, seed=1), vocabulary)
+    written_model(saved, vocabulary, seed=1)
     assert "weights has" in untrained("d", "--init model --context 16 --pairs none --resume")
     for flags in ("--init d", "--init d/chck_x", "--objective rkl --teacher d/chck_x"):
         shutil.copytree("model", "d/chck_x", dirs_exist_ok=True)
         told = untrained("d", f"{flags} --context 16 --pairs none --overwrite")
         assert "would be in --out" in told and os.path.exists("d/chck_x/model.safetensors")
-    c.write_json(saved / "config.json", c.read_json(saved / "config.json") | {"vocab_size": 404})
+    edit(saved / "config.json", vocab_size=404)
     assert "has 404 logits, which is more" in untrained("x", "--init model --context 16")
 
 def test_any_text_trains_and_own_pairs_are_scored(here):
@@ -1059,13 +1031,13 @@ def test_what_is_finished_is_used_again_if_it_is_the_same(here, monkeypatch):
     train("r/3", "--context 16")
     other, = {*here.glob("r/teacher-*")} - {teacher}
     Path("a.txt").write_text((TINY / "train.txt").read_text()[:400_000])
-    for flags, wanted in (("--text .", "text has"), ("--lr 0.5", "lr has changed since"),
-                          (f"--teacher {other}", "weights has")):
-        assert wanted in untrained("r/1", f"--resume {flags}")
+    refused("train -c brief.toml -o r/1 --resume", {
+        "--text .": "text has", "--lr 0.5": "lr has changed since",
+        f"--teacher {other}": "weights has"})
     assert "found, reusing it" in train("r/1", "--resume").stderr
     assert before == (os.path.getmtime(teacher / "model.safetensors"), scores.read_bytes())
     train("r/2", f"--teacher {teacher} --overwrite")
-    record, facts = c.read_json(Path("r/2/run.json")), c.read_json(teacher / "run.json")
+    record, before = c.read_json(Path("r/2/run.json")), c.read_json(teacher / "run.json")
     assert record["teachers"] == [str(teacher)] == [record["settings"]["tokenizer"]]
 
     def late(folder, locked=c.locked_log):
@@ -1078,8 +1050,7 @@ def test_what_is_finished_is_used_again_if_it_is_the_same(here, monkeypatch):
     train("b/1")
     assert os.path.getmtime(f"b/{teacher.name}/model.safetensors") == 1
     same_runs("r/1", "b/1")
-    facts["settings"]["seed"] = 7                       # not what its name stands for
-    c.write_json(teacher / "run.json", facts)
+    edit(teacher / "run.json", settings=before["settings"] | {"seed": 7})   # not as it is named
     assert f"seed has changed since r/{teacher.name} was begun (7)" in untrained("r/4")
 
 def test_held_out_loss_does_not_depend_on_the_batch():
@@ -1144,20 +1115,6 @@ def test_two_processes_train_the_model_of_one(here):
         assert one == approx(two, rel=1e-4)
     said = in_two("x", "--objective ce --batch-size 9 --micro-batch 3", (1, 1))
     assert "2 processes cannot share --batch-size 9" in said[0]
-
-@mark.skipif(not os.path.exists("/proc/self/task"), reason="needs Linux")
-def test_no_thread_of_a_group_outlives_the_command(here):
-    """One that did would sometimes abort the process at its end."""
-    code = f"""if True:
-        import glob, sys
-        sys.path.insert(0, {str(HOME)!r})
-        import choobaca as c
-        c.cli("train -c brief.toml -o run --steps 2 --pairs none".split(), standalone_mode=False)
-        names = [open(path).read() for path in glob.glob("/proc/self/task/*/comm")]
-        assert "optim" in str(sys.modules) and not [name for name in names if "gloo" in name]"""
-    own = dict(os.environ, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1",
-               MASTER_PORT="0")
-    subprocess.run([sys.executable, "-c", code], env=own, check=True, timeout=300)
 
 def test_two_processes_stop_and_go_on_as_one(here, monkeypatch):
     """One signal ends both after the same step; where one is killed, the other says so and ends."""
@@ -1245,9 +1202,7 @@ def test_a_signal_while_the_model_is_written(here, monkeypatch):
         assert train("x/run", "--objective rkl --teachers 1", 130).stdout == ""
     (teacher,), run = here.glob("x/teacher-*"), here / "x/run"
     assert (teacher / "model.safetensors").exists() and not run.exists()
-    train("x/run", "--objective rkl --teachers 1 --resume")
-    train("y/run", "--objective rkl --teachers 1")
-    same_runs("x/run", "y/run")
+    assert "found, reusing it" in train("x/run", "--objective rkl --teachers 1 --resume").stderr
 
 class Mischief:
     """What makes a folder when it is unpickled, if anything is."""
@@ -1273,9 +1228,8 @@ def test_what_is_no_checkpoint_of_this_run_is_refused(here, monkeypatch):
     pickle.loads(harm)
     assert os.path.exists("done")                       # and this is what it would have done
     path.write_bytes(whole)
-    monkeypatch.setattr(c, "choose_device", lambda name: "cuda")    # pretend a GPU, up to where the
-    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_: module)       # checkpoint is read
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H200")
+    machine = c.read_json(Path("x/run.json"))["machine"]
+    edit(Path("x/run.json"), machine=machine | {"device": "H200"})
     assert "device has changed" in untrained("x", again)
 
 def test_a_full_disk_leaves_the_last_checkpoint(here, monkeypatch):
@@ -1304,10 +1258,9 @@ def test_what_goes_wrong_in_a_run_is_said(here, saved, vocabulary, monkeypatch):
     broken.norm.weight.data.fill_(math.nan)
     c.save_model(saved, broken, vocabulary)
     write_pairs("model/pairs.jsonl", *AB)
-    assert "not finite" in error("eval-blimp -m model -d model")
-    for flags, wanted in (("--lr 1e9 --clip 0 --steps 40", "take a lower --lr"),
-                          ("--objective rkl --teacher model --context 16 --pairs none", "sound")):
-        assert wanted in untrained("r/a", f"--overwrite {flags}")
+    assert "scores are not finite" in error("eval-blimp -m model -d model")
+    flags = "--objective rkl --teacher model --context 16 --pairs none"
+    assert "take a lower --lr, or a sound teacher" in untrained("r/a", flags)
     assert not list(here.glob("r/*/*.safetensors"))
     faults = [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2"),
               RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't"),
@@ -1326,23 +1279,22 @@ def test_writing_on_reads_no_id_twice_and_lets_rows_go_that_end(kind):
     """Each id is drawn by its probability; the likeliest are those of the whole row, read again.
     Padding on the left is not seen: rows of several lengths get what each gets alone."""
     m, draw = model(V=6, sharp=8, **kind), torch.Generator().manual_seed(0)
-    rows = ids = some_ids(6, 9, V=6)
-    given = ids.tolist()
+    ids = some_ids(6, 9, V=6)
     for tau in (0.7, 2.0):
-        drawn = torch.tensor(c.write_on(m, given[:1] * 4000, [9], 1, draw, tau)).flatten()
+        drawn = torch.tensor(c.write_on(m, ids[:1].tolist() * 4000, [9], 1, draw, tau)).flatten()
         p = (logits(m, ids[:1])[0, -1] / tau).softmax(-1)
         assert torch.allclose(drawn.bincount(minlength=6) / 4000, p, atol=0.032)    # 4 errors
-    for _ in range(20):
-        rows = torch.cat([rows, logits(m, rows)[:, -1:].argmax(-1)], 1)
-    rows, end = rows[:, 9:].tolist(), int(rows[0, 16])
-    m.hidden = Mock(wraps=m.hidden)
+    given, rows = [row[i:] for i, row in enumerate(ids.tolist())], []
+    for start in given:
+        row = torch.tensor([start])
+        for _ in range(20):
+            row = torch.cat([row, logits(m, row)[:, -1:].argmax(-1)], 1)
+        rows.append(row[0, len(start):].tolist())
+    m.hidden, end = Mock(wraps=m.hidden), rows[0][7]
     found = c.write_on(m, given, [end], 20, None, 0)
     assert found == [row[:(row + [end]).index(end)] for row in rows]
     _, *read = (call.args[0].shape for call in m.hidden.call_args_list)
     assert {T for _, T in read} <= {1} and sum(B for B, _ in read) <= sum(map(len, found))
-    ragged = [row[i:] for i, row in enumerate(given)]
-    alone = [c.write_on(m, [row], [end], 20, None, 0)[0] for row in ragged]
-    assert c.write_on(m, ragged, [end], 20, None, 0) == alone != found
 
 def test_sample(saved, vocabulary):
     """Seeded; a line each; the prompt has a leading space, even where the tokenizer adds none."""
@@ -1352,7 +1304,7 @@ def test_sample(saved, vocabulary):
     one, three, same, other, greedy = (invoke(command + more).stdout for more in (
         "", "--count 3", "--count 3", "--seed 1", "--temperature 1e-3 --count 2"))
     assert re.fullmatch("the dog.*\n", one) and one != other and three == same
-    m, ids = c.load_model(saved, "cpu")[0], vocabulary.tokenizer.encode(" the dog").ids
+    m, ids = c.load_model(saved, "cpu")[0], [1, *encoded(vocabulary, " the dog")]
     for _ in range(9):
         ids.append(int(logits(m, torch.tensor([ids]))[0, -1].argmax()))
     assert greedy == (" ".join(vocabulary.tokenizer.decode(ids).split()) + "\n") * 2
@@ -1376,11 +1328,10 @@ DAMAGED = {                     # what config.json says: the sentence
 def test_a_sample_ends_with_its_line(saved, vocabulary, monkeypatch):
     """At the prefix token, a line break, or any eos_token_id that is one."""
     monkeypatch.setattr(torch, "multinomial", lambda *_, **__: torch.tensor([[drawn.pop(0)]]))
-    eos = {"eos_token_id": [2, 7, None, "x", 10**9, -10**30]}
-    encode = functools.partial(vocabulary.tokenizer.encode, add_special_tokens=False)
-    c.write_json(saved / "config.json", c.read_json(saved / "config.json") | eos)
-    for text, end in ((" the dog ran.", 1), (" a", 2), (" A🐈", encode("\n").ids[-1]), (" a", 7)):
-        drawn = [*encode(text).ids, end, 9, 9]
+    edit(saved / "config.json", eos_token_id=[2, 7, None, "x", 10**9, -10**30])
+    line_break = encoded(vocabulary, "\n")[-1]
+    for text, end in ((" the dog ran.", 1), (" a", 2), (" A🐈", line_break), (" a", 7)):
+        drawn = [*encoded(vocabulary, text), end, 9, 9]
         told = invoke(f"sample model --prompt '{'Oh,'[:end]}' --tokens 20").stdout
         assert told == "Oh,"[:end] + text + "\n" and drawn == [9, 9]
 
@@ -1404,8 +1355,7 @@ def test_a_student_learns_from_what_its_teacher_wrote(here, saved, vocabulary, m
     assert texts[0] == texts[1] != texts[2]
     train("run", f"--text a --dev {TINY} --tokenizer model")
     assert "already there" in error(command + "a")
-    texts = " the dog sees it.", "", " a cat."
-    said = [vocabulary.tokenizer.encode(text).ids[1:] for text in texts]
+    said = [encoded(vocabulary, text) for text in (" the dog sees it.", "", " a cat.")]
     monkeypatch.setattr(c, "write_on", lambda *_: said)
     invoke(command + "d")
     text = Path("d/sampled.train").read_text()
@@ -1414,8 +1364,8 @@ def test_a_student_learns_from_what_its_teacher_wrote(here, saved, vocabulary, m
     said = [[], []]
     assert "nothing but empty lines" in error(command + "e")
 
-def test_ties_means_and_groups(here, vocabulary):
-    """A mean is that of paradigms, in a report, too; a tie counts; NaN is no score."""
+def test_ties_means_and_groups(here):
+    """A mean is that of paradigms, in a report, too; a tie counts."""
     for uid, term, count in (("1", "s-selection", 2), ("2", "argument_structure", 6), ("3", "", 1)):
         write_pairs(f"p/{uid}.jsonl", *AB * count, UID=uid, linguistics_term=term)
     write_pairs("p/._1.jsonl", *AB)                     # a Mac's, which is passed over
@@ -1429,11 +1379,8 @@ def test_ties_means_and_groups(here, vocabulary):
     c.keep_scores(here, "x", pairs, scores)
     drawn = figures.accuracies([*here.glob("x-*.jsonl")])
     assert drawn["mean of 3 paradigms"] == [approx((83.33, 18.26), abs=0.01)]
-    assert drawn["argument structure"] == [approx((75, 11.18), abs=0.01)]
     table, short = (c.pairs_table({"a": result, "b": result}, paradigms=x) for x in (True, False))
     assert re.search("argument_structure +8 +75.0 .* 75.0.*\n  1 ", table) and "\n  1 " not in short
-    with raises(click.ClickException, match="scores are not finite"):
-        c.score_pairs(sharpened(model(V=vocabulary.size), math.nan), vocabulary, pairs, "test")
 
 def test_a_suites_text_is_in_no_file_and_no_output(saved):
     """EWoK's is not to be spread."""
@@ -1483,18 +1430,11 @@ def test_compare(saved, vocabulary):
     path, = Path("same").glob("blimp-*.jsonl")
     c.keep_scores(Path("same"), "blimp", pairs[:3], np.zeros((3, 2)))   # a sample replaces nothing
     head, *lines = path.read_text().splitlines()
-    head = json.loads(head)
     for damaged, wanted in ((lines[1:], "cut off"), (lines[::-1], "other pairs"),
                             (["[]"] * 2000, "is damaged")):
-        path.write_text("\n".join([json.dumps(head), *damaged]))
+        path.write_text("\n".join([head, *damaged]))
         assert wanted in error("compare good same")
-    head |= {"pairs": 20}
-    for name, score in (("guess", 0.25), ("good", 0.5)):        # what a script in data/ wrote
-        lines = [{"phenomenon": "x", "paradigm": "x", "line": i, "score": score} for i in range(20)]
-        Path(name, "rouge-x.jsonl").write_text("\n".join(map(json.dumps, [head, *lines])))
-    told = invoke("compare guess good --suite rouge").stdout
-    assert re.search("all .* 25.0% +50.0% .* better", told)
-    c.save_model(Path("good"), model(V=vocabulary.size, seed=1), vocabulary)
+    written_model("good", vocabulary, seed=1)
     assert "of other weights" in error("compare good guess")
 
 def test_defaults_then_base_then_toml_then_flags(here):
@@ -1518,10 +1458,9 @@ def test_the_shipped_configs():
     rows = ("fw-2-23 fw-1-23 fw-2-24 fw-1-24 rv-2-23 rv-1-23 rv-2-24 rv-1-24 "
             "rv-2-23-plus rv-1-23-plus rv-2-24-plus rv-1-24-plus").split()
     files = {path.stem: path for path in (HOME / "configs").iterdir()}
-    akl = [c.read_settings(files.pop(f"akl-{size}"), NO_FLAGS, [HOME])[0]
-           for size in ("dolly", "small")]
-    assert [(s.objective, s.temperature, s.alpha, s.context) for s in akl] == [
-        ("akl", 1.0, 0.5, 512), ("akl", 1.0, 0.5, 256)]
+    for size, context in ("dolly", 512), ("small", 256):
+        s, _ = c.read_settings(files.pop(f"akl-{size}"), NO_FLAGS, [HOME])
+        assert (s.objective, s.temperature, s.alpha, s.context) == ("akl", 1.0, 0.5, context)
     found = {name: c.read_settings(path, NO_FLAGS, []) for name, path in files.items()}
     assert found.keys() == {*rows, "paper", "small", "tiny"}
     for s, teachers in found.values():
@@ -1980,7 +1919,6 @@ def test_a_hostile_archive_is_one_sentence(site, monkeypatch):
     two = zipped({f"data/{i}.jsonl": b"\0" * 20_000 for i in (1, 2)})
     for content, wanted in (
             (GOOD[:len(GOOD) // 2], "not a zip file"), (plain[9_000:], "cannot be unpacked"),
-            (plain.replace(b"text text", b"test text", 1), "Bad CRC-32 for file 'data/a.jsonl'"),
             (plain.replace(b"\x14\0\0\0", b"\x14\0\1\0"), "encrypted"),
             (zipped({"readme": b"", "data/": b"", "data/a.txt": b"A"}), "expected data/"),
             (zeros, "1 wanted files of 50,000 bytes, expected"), (two, "30,000 bytes at most"),
@@ -1990,20 +1928,6 @@ def test_a_hostile_archive_is_one_sentence(site, monkeypatch):
         assert wanted in message and message.endswith("delete it, and run this again."), wanted
         assert files_in(site.half.parent) == {"1.zip": content}
         site.half.with_name("1.zip").unlink()
-
-def test_no_bit_of_an_archive_can_be_wrong_unseen(tmp_path):
-    """Any one of them: the text is what it was, or the error is a sentence."""
-    text, draw, errors = b"Some text. " * 30, random.Random(0), 0
-    for packed in [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED] * 400:
-        content = bytearray(zipped({"data/a.jsonl": text}, packed))
-        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-        (tmp_path / "x.zip").write_bytes(content)
-        try:
-            load.unpack(tmp_path / "x.zip", PAIRS, tmp_path / "out")
-            assert files_in(tmp_path / "out") == {"a.jsonl": text}
-        except click.ClickException:
-            errors += 1
-    assert 400 < errors < 800
 
 def test_no_path_leads_out_of_the_folder_and_every_pattern_matches(tmp_path):
     """Only what a pattern's group holds becomes a name: no slash, no dot to begin with."""
@@ -2034,8 +1958,7 @@ def test_a_source_is_unpacked_then_cleaned_or_filtered(tmp_path, monkeypatch, na
     monkeypatch.setattr(c, "HOME", tmp_path)
     monkeypatch.setattr(load, "receive", Mock(side_effect=click.ClickException("offline")))
     data, raw, made, known = tmp_path / "data", {}, {}, load.SOURCES[name]
-    unchecked = [source._replace(digest="") for source in known]
-    monkeypatch.setitem(load.SOURCES, name, unchecked)
+    monkeypatch.setitem(load.SOURCES, name, [source._replace(digest="") for source in known])
     work = data / f"{name}.partial"
     kept, rare = (b'{"sentence_good":  "%b", "sentence_bad": ""}\n' % x for x in (b"A", b"Dims"))
     for i, listing in enumerate(LISTINGS[name], 1):
@@ -2050,9 +1973,6 @@ def test_a_source_is_unpacked_then_cleaned_or_filtered(tmp_path, monkeypatch, na
                 spaces = b" " if re.search("childes|bnc", path) else b"  "
                 path = path.replace("/", "-clean/")
                 made[f"{name}/{path}"] = (kept + rare).replace(b"  ", spaces)
-    monkeypatch.setitem(load.SOURCES, name, known)
-    assert not known[0].digest or f"expected {known[0].digest}" in error(name)
-    monkeypatch.setitem(load.SOURCES, name, unchecked)
     for said in (f"{len(raw)} files", "is there already"):
         assert said in invoke(name).stdout and not work.exists()
         assert files_in(data) == raw | made
@@ -2080,9 +2000,8 @@ def test_cleaning_by_domain(tmp_path, monkeypatch):
     cleaned = {name: after.encode() for name, (_, after) in CLEANED.items() if after}
     assert files_in(Path("deep/new")) == cleaned
     Path("old/qed.dev").write_bytes(b"ab\xff")
-    for folders, wanted in (("old deep/new", "is there already"), ("x old", "no .train or .dev or"),
-                            ("old deep/er", "qed.dev is not UTF-8: ")):
-        assert wanted in error(f"clean {folders}")
+    refused("clean", {"old deep/new": "is there already", "x old": "no .train or .dev or",
+                      "old deep/er": "qed.dev is not UTF-8: "})
     assert os.listdir("deep") == ["new"]
 
 def test_filtering_by_words(tmp_path, monkeypatch):
@@ -2097,8 +2016,7 @@ def test_filtering_by_words(tmp_path, monkeypatch):
     path.with_name("._a.jsonl").write_bytes(b"\0")
     assert "1 files, 2 lines" in invoke("filter old new").stdout
     assert files_in(Path("new")) == {"a.jsonl": first + rest[1]}
-    for line in (b"{", b"[]", b'"a"', b"\xff", b'{"sentence_good": "a"}', b"[" * 100_000,
-                 b'{"sentence_good": 1, "sentence_bad": 2}'):
+    for line in (b"[]", b"\xff", b"[" * 100_000, b'{"sentence_good": 1, "sentence_bad": 2}'):
         other.write_bytes(first + line)
         said = error("filter old x")
         assert "b.jsonl, line 2: expected a JSON object with strings sentence_good" in said, line
@@ -2113,7 +2031,7 @@ def test_filtered_blimp_has_babylms_pairs(tmp_path, monkeypatch):
     assert "67 files, 59,875" in invoke("filter blimp x").stdout
     sizes = {name: content.count(b"\n") for name, content in files_in(Path("x")).items()}
     some = [sizes[f"{name}.jsonl"] for name in ("passive_1", "causative", "wh_island")]
-    assert sum(sizes.values()) == 59_875 and some == [840, 818, 960]
+    assert some == [840, 818, 960]
 
 # -----------------------------------------------------------------------------
 # data/figures.py
@@ -2126,6 +2044,9 @@ def table_of(page):
     assert not re.search("<script|<link|src=|@import|url\\(", page.read_text())
     heads, *rows = [["".join(cell.itertext()) for cell in row] for row in table]
     return [dict(zip(heads, row)) for row in rows]
+
+def titles(image):
+    return [x.text for x in ElementTree.parse(image).iter() if x.get("class") == "title"]
 
 def test_a_report_shows_what_the_runs_are(default_run, tmp_path):
     student, (teacher,) = default_run / RUN, default_run.glob("runs/teacher-*")
@@ -2142,9 +2063,8 @@ def test_a_report_shows_what_the_runs_are(default_run, tmp_path):
         f"● {student.name}{student}; 0.5 ce + 2 rkl at temperature 2; {teacher.name}; 999",
         f"● {teacher.name}{teacher}; ce; none; 999"]
     invoke(f"report {student} {teacher} -o {tmp_path}/a.svg")
-    drawn = ElementTree.parse(tmp_path / "a.svg").iter()
-    titles = [re.match("\\w+", x.text)[0] for x in drawn if x.get("class") == "title"]
-    assert titles == ["Accuracy", "Cross", "Held", "Divergence", "Loss", "Learning", "Beta"]
+    assert [re.split("\\W", title)[0] for title in titles(tmp_path / "a.svg")] == [
+        "Accuracy", "Cross", "Held", "Divergence", "Loss", "Learning", "Beta"]
 
 def test_a_report_of_a_killed_run_of_a_plain_model_and_of_hostile_names(default_run, tmp_path):
     bad, out = "<script>alert('&\"')<-script>", tmp_path / "a.html"
@@ -2164,68 +2084,6 @@ def test_a_report_of_a_killed_run_of_a_plain_model_and_of_hostile_names(default_
     assert second["objective"] == "0.5 ce + 2 drkl at temperature 2, gamma 2"
     assert second["teachers"] == f"{bad}, 3, ?" and second["steps"] == "40, unfinished"
 
-def test_a_report_of_what_is_damaged_is_one_sentence(default_run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("run", "twin"):
-        shutil.copytree(default_run / RUN, name)
-    scores, = Path("run").glob("blimp*")
-    bad_lines = '[] {"loss":1} {"step":"a"} {"step":1,"loss":[]} {"step":NaN}'.split()
-    for name, texts in {
-            "run.json": ("{", "{}", Path("run/run.json").read_text().replace("2.0", "[]")),
-            "log.jsonl": ("", *(line + '\n{"step": 1}\n' for line in bad_lines)),
-            "config.json": ["[]"], scores.name: ["{"]}.items():
-        path = Path("run", name)
-        kept = path.read_bytes()
-        for text in texts:
-            path.write_text(text)
-            assert str(path) in error("report run -o a.html") and not os.path.exists("a.html")
-        path.write_bytes(kept)
-    Path("twin", scores.name).write_text(scores.read_text().replace('"line": ', '"line": 1'))
-    for runs, wanted in (("run twin", "of different pairs"), ("run run", "1 to 8 different"),
-                         (".", "no finished model"), ("run -o a.txt", "a name in")):
-        assert wanted in error(f"report -o a.html {runs}")
-
-def test_a_chart_takes_any_numbers_and_has_few_round_ticks():
-    for low, high in ((0, 1), (-3, 1e-9), (2.28, 2.31), (7, 13_200), (1e20, 3e20)):
-        found = figures.ticks(low, high)
-        gaps = {f"{gap:.6e}" for gap in np.diff(found)}
-        assert 2 <= len(found) <= 6 and low <= found[0] and found[-1] <= high * (1 + 1e-12)
-        assert len(gaps) == 1 and re.match("[125]\\.000000e", *gaps)
-    for low, high in ((0, 0), (0, 5e-324), (2, 2 + 1e-15), (-1e29, 1e29), (1e-300, 0)):
-        series = {f"{'long-' * 6}{i}": [(i, low), (2**53 - 1, high)] for i in range(8)}
-        chart = figures.line_chart({**series, "none": []}, "<T>", "x & y")
-        dots = [float(x.get("cx")) for x in ElementTree.fromstring(chart).iter() if x.get("cx")]
-        assert len(dots) == 9 and max(dots) < 300 and not re.search("nan|inf", chart)
-    chart = figures.dot_chart({"row": [(50, 0), (100, 0)]}, ["a", "b"], "")
-    chance, ends = re.search(r'"chance" d="M([\d.]+)', chart)[1], re.findall(r"H([\d.]+)", chart)
-    assert re.findall(r'<circle cx="([\d.]+)"', chart) == [chance, "440.0"] == ends
-
-def test_in_the_toy_all_find_the_teacher_and_each_fits_its_part_first():
-    """Forward KL fits the head first, reverse KL the far tail, without Adam the whole tail."""
-    for how, objectives in (("adam", LITERAL), ("sgd", ("fkl", "rkl"))):
-        flags = " ".join(f"--objective {name}" for name in objectives)
-        told = invoke(f"toy --json --optimizer {how} {flags}").stdout
-        for teacher, result in json.loads(told).items():
-            rows = result["objectives"]                 # reverse KL's error less forward KL's:
-            head, tail, far = (np.subtract(rows["rkl"][part], rows["fkl"][part])
-                               for part in ("head", "tail", "far"))
-            if how == "sgd":
-                assert (tail[1:51] < 0).all()
-                continue
-            assert max(row["largest"] for row in rows.values()) < 1e-3
-            assert (head[1:8] > 0).all() and (tail[1:5] > 0).all()
-            assert teacher == "two modes" or (far[1:11] < 0).all()      # which has no far tail
-
-@mark.parametrize("name", c.DIVERGENCES)
-def test_the_toy_descends_by_the_divergences_gradients(name):
-    """A step of plain descent against autograd of the literal definition."""
-    p, start = figures.toy_teachers(POINTS)["two modes"].expand(3, -1), randn(3, 50)
-    targets = p.argmax(-1, True)
-    after = start - literal(name, start, p.log(), targets)[1]
-    path, value = figures.fit_distribution(p, name, start, lambda z: z, 1, "sgd")
-    assert alike(path, (start.softmax(-1), after.softmax(-1)), 1e-8)
-    assert alike([value], literal(name, after, p.log(), targets)[:1], 1e-8)
-
 def test_what_the_papers_tables_say():
     """As computed by hand from the same file: means, rankings, a claim that margins may fit."""
     rows = [line.split(",") for line in (HOME / "data/paper.csv").read_text().splitlines()]
@@ -2236,7 +2094,7 @@ def test_what_the_papers_tables_say():
     off = [f"{model} {mean:.1f} ({cells['mean', model]})" for model, mean in means.items()
            if abs(mean - float(cells["mean", model])) > 0.06]
     told = invoke("paper").stdout
-    assert f"mean of 8 rows is the one printed for 12 of 14 models; not for {', '.join(off)}" in told
+    assert f"is the one printed for 12 of 14 models; not for {', '.join(off)}" in told
     assert re.search("printed: FW-1-23 62.8, .*\n.*: RV-1-24.? 61.2, FW-1-23 61.1, ", told)
     assert told.count("no margin gives that") == 4 and "(8, 1, 8); within 8.7 to 10.0" in told
 
@@ -2252,9 +2110,7 @@ def test_toy_shows_where_modes_are_sought(tmp_path):
     assert fits["two narrow modes", "fkl"] == approx((6, 2.4), abs=0.5)
     assert fits["two narrow modes", "rkl"] == approx((7.5, 0.5), abs=0.01)
     assert min(fits["two modes", name][1] for name in ("fkl", "rkl", "akl")) > 2
-    titles, shown = ([x.text for x in ElementTree.parse(path).iter() if x.get("class") == "title"]
-                     for path in (tmp_path / "toy.svg", HOME / "data/toy.svg"))
-    assert titles == shown                            # the README's figure
+    assert titles(tmp_path / "toy.svg") == titles(HOME / "data/toy.svg")    # the README's figure
     told = invoke("toy --objective drkl --epochs 6").stdout
     assert re.fullmatch("(.*\n){2}((.* [▁-█]{25}\n){2}){4}\n.*\n", told)
     assert "'ce' is not one of" in error("toy --objective ce", 2)
@@ -2267,33 +2123,34 @@ def write_items(name, n, classes=2, bad=""):
     with open(f"{name}.jsonl", "w") as file:
         for i in range(n):
             text, label = "the dogs " * (i * 7 % 5) + "cat", i % 5 % classes
-            item = dict.fromkeys(("sentence", "hypothesis", "sentence2"), f"{text} {'abc'[label]}")
-            item |= {"premise": text, "sentence1": text, "label": label}
+            longer = f"{text} {'abc'[label]}"
+            item = {"premise": text, "hypothesis": longer, "sentence": longer, "label": label}
             print(json.dumps(item), file=file)
         file.write(bad)
 
 @every_kind
 def test_a_classifier_is_that_of_transformers(saved, vocabulary, kind):
     """The ids of pairs, some too long, logits of padded batches, three steps of training."""
-    transformers, m = importorskip("transformers"), model(V=vocabulary.size, sharp=3, **kind)
-    c.save_model(saved, m, vocabulary)
-    write_items("rte", 40)
-    tokenizer, path = c.load_vocabulary(saved).tokenizer, Path("rte.jsonl")
+    transformers = importorskip("transformers")
+    m = written_model(saved, vocabulary, sharp=3, **kind)
+    write_items("mnli", 40, 3)
+    tokenizer = c.load_vocabulary(saved).tokenizer
     tokenizer.enable_truncation(12)
-    rows, labels = glue.read_items(path, "rte", tokenizer)
-    pairs = [(x["sentence1"], x["sentence2"]) for x in map(json.loads, open(path))]
+    rows, labels = items = glue.read_items(Path("mnli.jsonl"), "mnli", tokenizer)
+    pairs = [(x["premise"], x["hypothesis"]) for x in lines_of("mnli.jsonl")]
     batch = transformers.AutoTokenizer.from_pretrained(saved)(
         pairs, truncation=True, max_length=12, padding=True, return_tensors="pt")
     masked = zip(batch["input_ids"], batch["attention_mask"])
     assert [ids[mask > 0].tolist() for ids, mask in masked] == rows != [row[:11] for row in rows]
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(saved, num_labels=2)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(saved, num_labels=3)
     torch.manual_seed(1)                                    # as fine_tune begins the head
-    head = torch.nn.Linear(32, 2, bias=False)
-    theirs.score.weight.data.copy_(torch.nn.init.normal_(head.weight, 0, 0.02))
+    theirs.score = torch.nn.Linear(32, 3, bias=False)
+    torch.nn.init.normal_(theirs.score.weight, 0, 0.02)
     with torch.no_grad():
-        assert alike(glue.class_logits(m, head, rows), theirs.eval()(**batch).logits, 1e-5)
-    glue.fine_tune(m, "rte", rows, labels, {"rte": (rows, labels)}, 1,
-                   {"batch_size": 40, "epochs": 3, "patience": 3, "lr": 1e-3})
+        found = glue.class_logits(m, theirs.score, rows)
+        assert alike(found, theirs.eval()(**batch).logits, 1e-5)
+    how = {"batch_size": 40, "epochs": 3, "patience": 3, "lr": 1e-3}
+    glue.fine_tune(m, "mnli", *items, {"mnli": items}, 1, how)
     optimizer = torch.optim.AdamW(theirs.train().parameters(), weight_decay=0)
     for optimizer.param_groups[0]["lr"] in (1e-3, 2e-3 / 3, 1e-3 / 3):
         theirs(**batch, labels=torch.from_numpy(labels)).loss.backward()
@@ -2305,68 +2162,59 @@ def test_a_classifier_is_that_of_transformers(saved, vocabulary, kind):
             x = x.data - c.stored(name, theirs.get_parameter(m.prefix + name))
             assert x.abs().max() < 1e-5, name
 
-@mark.filterwarnings("ignore")      # of sklearn, that a metric is 0 / 0
-@mark.parametrize("by", ["counts", "sklearn"])
-def test_f1_and_mcc_by_definition(by):
-    judge = importorskip("sklearn.metrics") if by == "sklearn" else None
+def test_f1_and_mcc_by_definition():
     for i in range(1000):
         labels, guesses = np.random.default_rng(i).integers(0, 2, (2, 1 + i % 9))
         tn, fp, fn, tp = np.bincount(2 * labels + guesses, minlength=4).tolist()
-        wanted = [tp / (tp + (fp + fn) / 2) if tp else 0, (tp * tn - fp * fn) / (
-            math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) or 1)]
-        if judge:
-            wanted = judge.f1_score(labels, guesses), judge.matthews_corrcoef(labels, guesses)
-        found = [glue.figure(task, labels, guesses) for task in ("qqp", "cola")]
-        assert found == approx([*wanted], abs=1e-12)
+        f1 = tp / (tp + (fp + fn) / 2) if tp else 0
+        chance = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+        assert glue.figure("qqp", labels, guesses) == approx(f1)
+        assert glue.figure("cola", labels, guesses) == approx((tp * tn - fp * fn) / (chance or 1))
 
 def test_glue_learns_keeps_what_it_found_and_goes_on(saved, vocabulary, monkeypatch):
+    """Nothing is done twice, unless by other weights or in another way, which has another name."""
     for part in ("sst2.train", "sst2.valid", "mnli.train", "mnli.valid", "mnli-mm.valid"):
         write_items(part, 64 if "train" in part else 40, classes=2 + ("m" in part))
     shutil.copytree(saved, "other")
-    before, how = files_in(saved), "glue -d . --json --lr 0.01 --batch-size 8 --seeds 1,2 --epochs 4"
+    command = "glue -d . --lr 0.01 --batch-size 8 --seeds 1,2 --epochs 4 -m "
     tune = Mock(wraps=glue.fine_tune, side_effect=[DEFAULT, DEFAULT, KeyboardInterrupt])
     monkeypatch.setattr(glue, "fine_tune", tune)
-    assert "Stopped: " in invoke(f"{how} -m model", 130).stderr
-    path, = saved.glob("glue-sst2-????????.jsonl")
+    assert "Stopped: " in invoke(command + "model", 130).stderr
     tune.side_effect = None
-    result = invoke(f"{how} -m model")
+    result = invoke(command + "model --json")
     assert [call.args[1] for call in tune.mock_calls] == ["sst2"] * 2 + ["mnli"] * 3
     assert "Left out: boolq, cola, mrpc, multirc, qnli, qqp, rte, wsc." in result.stderr
     rows = json.loads(result.stdout)["rows"]
     assert [row["task"] for row in rows] == ["sst2", "mnli", "mnli-mm"]
     assert all(np.mean(row["values"]) == row["figure"] > row["majority"] + 0.1 for row in rows)
-    facts, *lines = map(json.loads, path.read_text().splitlines())
-    assert facts["pairs"] == len(lines) == 40 and facts["weights"] == c.weights_digests(saved)
+    table = invoke(command + "model").stdout
+    assert re.search("mnli-mm .*\nmean of 3 of 11 tasks: ", table) and tune.call_count == 5
+    path, = saved.glob("glue-sst2-????????.jsonl")
+    facts, *lines = lines_of(path)
+    assert facts["pairs"] == len(lines) == 40
     for i, line in enumerate(lines):
         score = np.mean(np.equal(line["predictions"], i % 5 % 2))
         assert [*line.values()][:4] == ["sst2", "sst2", i + 1, score]
-    # nothing is done twice, unless by other weights or in another way, which has another name
-    assert invoke(f"{how} -m model").stdout == result.stdout
-    table = invoke(f"{how.replace('--json', '')} -m model").stdout
-    assert re.search("mnli-mm .*\nmean of 3 of 11 tasks: ", table) and tune.call_count == 5
-    invoke(f"{how} -m other --task sst2")
+    invoke(command + "other --task sst2")
     assert Path("other", path.name).read_bytes() == path.read_bytes()
-    c.save_model(Path("other"), model(V=vocabulary.size, seed=1), vocabulary)
+    assert "all " in invoke("compare model other --suite glue").stdout
+    written_model("other", vocabulary, seed=1)
     for flags in ("", "--tokens 9"):
-        invoke(f"{how} -m other --task sst2 {flags}")
+        invoke(f"{command} other --task sst2 {flags}")
     assert tune.call_count == 11 and len([*Path("other").glob("glue-*")]) == 2
-    assert before.items() <= files_in(saved).items()
 
 def test_glue_of_bad_input_is_one_sentence(saved):
-    assert "no TASK.train.jsonl with its" in error("glue -m model -d .")
+    command = "glue -m model -d . "
+    assert "no TASK.train.jsonl with its" in error(command)
     write_items("cola.train", 2)
-    for bad in ("{", "[]", "", '{"sentence": null, "label": 1}', '{"sentence": "a", "label": "1"}',
-                '{"sentence": "\\ud800", "label": 1}', '{"sentence": "a", "label": 2}',
-                '{"sentence": "a", "label": true}', '{"label": 1}'):
+    for bad in ("[]", "", '{"sentence": null, "label": 1}', '{"sentence": "\\ud800", "label": 1}',
+                '{"sentence": "a", "label": 2}', '{"sentence": "a", "label": true}'):
         write_items("cola.valid", 2, bad=f"{bad}\n")
-        assert "cola.valid.jsonl, line 3: expected a JSON obj" in error("glue -m model -d .")
+        assert "cola.valid.jsonl, line 3: expected a JSON obj" in error(command)
     write_items("cola.valid", 0)
-    assert "cola.valid.jsonl is empty" in error("glue -m model -d .")
+    assert "cola.valid.jsonl is empty" in error(command)
     write_items("cola.valid", 2)
-    for flags, wanted in {"--lr nan": "not finite: take a lower", "--seeds 1,x": "such as 1,2,3",
-                          "-m no": "no holds no finished model"}.items():
-        assert wanted in error(f"glue -m model -d . {flags}")
-    assert "is not one of 'cola'" in error("glue -m model -d . --task no", 2)
+    refused(command, {"--lr nan": "not finite: take a lower", "--seeds 1,x": "such as 1,2,3"})
     assert not [*saved.glob("glue-*")]
 
 # -----------------------------------------------------------------------------
@@ -2381,7 +2229,8 @@ def test_rouge_is_the_literal_and_googles_with_stems_or_without(monkeypatch):
     pairs = [[" ".join(draw.choices(words, k=draw.choice((0, 1, 5, 20)))) for _ in "ab"]
              for _ in range(1000)]
     split, (stems, told) = instruct.split_words, instruct.choose_splitter()
-    for a, b in [[split(text)[:6] for text in pair] for pair in pairs[:200]]:
+    for pair in pairs[:200]:
+        a, b = (split(text)[:6] for text in pair)
         assert instruct.rouge_l(a, b) == 2 * literal_common(a, b) / max(1, len(a) + len(b))
     theirs = importorskip("rouge_score.rouge_scorer").RougeScorer
     for own, stemmed in ((split, False), (stems, True)):
@@ -2390,85 +2239,71 @@ def test_rouge_is_the_literal_and_googles_with_stems_or_without(monkeypatch):
     monkeypatch.setitem(sys.modules, "rouge_score.tokenizers", None)
     assert "stemmed by rouge_score" in told and instruct.choose_splitter()[0] is split
 
-def lines_of(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
 @every_kind
-def test_greedy_responses_are_those_of_one_at_a_time_and_of_transformers(saved, vocabulary, kind):
-    """Prompts of several lengths, one cut on the left, and responses that end or do not."""
-    m = model(V=vocabulary.size, sharp=6, **kind)
-    c.save_model(saved, m, vocabulary)
+def test_greedy_responses_are_those_of_transformers(saved, vocabulary, kind):
+    """Prompts of several lengths at once, two cut on the left; responses that end or do not."""
+    m = written_model(saved, vocabulary, sharp=6, **kind)
     prompts = ["Say it.", "The dogs ran.\n", "a b c d e " * 9, " a" * 15, " a" * 16]
     instruct.write_lines(Path("x.jsonl"), [{"prompt": x, "output": ""} for x in prompts])
-    encode = functools.partial(vocabulary.tokenizer.encode, add_special_tokens=False)
-    rows = [[1, *encode(prompt).ids[-15:]] for prompt in prompts]
-    end, facts = c.write_on(m, rows[:1], [], 16, None, 0)[0][5], c.read_json(saved / "config.json")
-    c.write_json(saved / "config.json", facts | {"eos_token_id": [-10**30, end, None, 10**9]})
+    rows = [[1, *encoded(vocabulary, prompt)[-15:]] for prompt in prompts]
+    end = c.write_on(m, rows[:1], [], 16, None, 0)[0][5]
+    edit(saved / "config.json", eos_token_id=[-10**30, end, None, 10**9])
     assert instruct.end_ids(saved, vocabulary, vocabulary.size) == [1, end]
-    for size in "1", "3", "64":
-        told = invoke(f"instruct -m model -d x.jsonl --temperature 0 --batch-size {size} --out {size}")
-        assert "2 of 5 prompts are cut to 16 tokens" in told.stderr
-    found = lines_of("1")
-    assert found == lines_of("3") == lines_of("64") and found[0]["ended"]
-    transformers = importorskip("transformers")
-    c.write_json(saved / "config.json", facts | {"eos_token_id": end})
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(saved)
+    told = invoke("instruct -m model -d x.jsonl --temperature 0 --batch-size 3 --out y").stderr
+    found = lines_of("y")
+    assert "2 of 5 prompts are cut to 16 tokens" in told and found[0]["ended"]
+    edit(saved / "config.json", eos_token_id=end)
+    theirs = importorskip("transformers").AutoModelForCausalLM.from_pretrained(saved)
     for row, line in zip(rows, found):
         ids = theirs.generate(torch.tensor([row]), max_new_tokens=16, do_sample=False,
                               eos_token_id=[1, end], pad_token_id=0)[0, len(row):].tolist()
         ids = ids[:-1] if ids[-1] in (1, end) else ids
-        text = transformers.AutoTokenizer.from_pretrained(saved).decode(ids, True).strip()
+        text = vocabulary.tokenizer.decode(ids).strip()
         assert (text, len(ids), len(ids) < 16) == (line["output"], line["tokens"], line["ended"])
 
 def test_responses_are_scored_kept_compared_and_trained_on(saved, vocabulary, monkeypatch):
     """Repeatable by seed; the best of several references; what cannot be is one sentence."""
     items = [{"prompt": f"Say {i}.", "output": ["A cat.", f"The dog {i}."]} for i in range(9)]
-    instruct.write_lines(Path("a.test.jsonl"), items + [{"instruction": "Go.", "output": "yes"}])
-    command = "instruct -m model -d a.test.jsonl --length 24 --seeds "
-    found = json.loads(invoke(command + "5,3,5 --json --out text/x.train.jsonl").stdout)
+    items.append({"instruction": "Go.", "output": "yes"})
+    instruct.write_lines(Path("a.test.jsonl"), items)
+    command = "instruct -d a.test.jsonl --length 24 -m "
+    found = json.loads(invoke(command + "model --seeds 5,3,5 --json --out text/x.jsonl").stdout)
     kept, = saved.glob("rouge-a.test-*.jsonl")
-    content, lines = kept.read_bytes(), lines_of("text/x.train.jsonl")
-    assert re.search(r"10, seeds \[3, 5\](.*\n)+rouge_l .* ± ", invoke(command + "3,5").stdout)
+    lines = lines_of("text/x.jsonl")
     rouge = np.array([line["rouge_l"] for line in lines]).reshape(2, 10)            # by seed
-    assert found["rouge_l"]["by_seed"] == approx([*rouge.mean(1)]) and kept.read_bytes() == content
-    assert c.read_scores(kept)[1].tolist() == approx([*rouge.mean(0) / 100])
-    assert found["rouge_l"]["deviation"] == approx(rouge.mean(1).std(ddof=1))
-    sizes = dict(context=96, positions=96, random_offset=False)
-    corpus = instruct.read_corpus(settings(text="text", tokenizer="model", **sizes), None)
-    assert len(corpus.train) == 20 * 96 + 1
-    invoke(command + "3 --out alone")
-    invoke(command + "3 --sample 5 --out five")
-    assert lines_of("alone") == lines[:10] and len([*saved.glob("rouge-*")]) == 3
-    assert [line["output"] for line in lines[10:]] != [line["output"] for line in lines[:10]]
+    assert c.read_scores(kept)[1] == approx(rouge.mean(0) / 100)
+    found, means = found["rouge_l"], rouge.mean(1)
+    assert [*found["by_seed"], found["deviation"]] == approx([*means, means.std(ddof=1)])
+    assert len(instruct.read_examples(Path("text"), ".*")) == 20
+    assert len({line["output"] for line in lines}) > 10                 # seeds differ
+    told = invoke(command + "model --seeds 3 --out alone").stdout
+    assert re.search(r"10, seeds \[3\](.*\n)+rouge_l ", told) and lines_of("alone") == lines[:10]
+    invoke(command + "model --seeds 3 --sample 5 --out five")
     assert [line["prompt"] for line in lines_of("five")] == [f"Say {i}." for i in range(0, 9, 2)]
     shutil.copytree("model", "other")
-    ids = vocabulary.tokenizer.encode("the DOG 3,\n", add_special_tokens=False).ids
+    ids = encoded(vocabulary, "the DOG 3,\n")
     monkeypatch.setattr(c, "write_on", lambda m, rows, *_: [ids] * len(rows))
-    invoke("instruct -m other -d a.test.jsonl --length 24 --seeds 3,5 --out same")
-    found = [line["rouge_l"] for line in lines_of("same")[:10]]
-    assert lines_of("same")[0]["output"] == "the DOG 3,"
-    assert found == approx([200 / 3] * 3 + [100] + [200 / 3] * 5 + [0])
+    assert " ± " in invoke(command + "other --seeds 3,5 --out same").stdout
+    found = [(line["output"], line["rouge_l"]) for line in lines_of("same")[2:4]]
+    assert found == [("the DOG 3,", approx(200 / 3)), ("the DOG 3,", 100)]
     told = invoke("compare model other --suite rouge").stdout
-    assert re.search("a.test +10 .* better on these", told)
+    assert re.search("a.test +10 .* 63.3% .* better on these", told)
     instruct.write_lines(Path("five"), lines[:5] + [{"prompt": "x", "output": []}])
-    for flags, wanted in {f"--out {kept}": "already there", "--out five/x": "Not a directory",
-                          "--seeds 1,x": "expected whole", "--temperature nan": "expected 0, or",
-                          "-d .": ". is no file", "-m no": "no holds no finished",
-                          "-d five": "five, example 6: expected a JSON"}.items():
-        assert wanted in error(f"{command} 3 {flags}")
+    refused(command + "model", {
+        f"--out {kept}": "already there", "-d .": ". is no file", "--seeds 1,x": "expected whole",
+        "-d five": "five, example 6: expected a JSON"})
     assert "expected -m RUN and -d" in error("instruct -d five")
 
 def test_only_responses_are_learnt_from(saved, vocabulary, monkeypatch):
     """A row an example, whose prompt may lose its left; resumed to the byte; Alpaca's template."""
-    encode = functools.partial(vocabulary.tokenizer.encode, add_special_tokens=False)
     examples = [["Say it.", "A cat."], [" a" * 30 + " dog", "the dogs"], ["Say.", " a" * 30]]
     ids = instruct.encode_examples(vocabulary, examples, 16)
-    rows = ids[:-1].reshape(-1, 16).tolist()
-    for row, (prompt, response) in zip(rows, examples):
-        given, learnt = [1, *encode(prompt).ids[-7:]], [*encode(response).ids, 1]
-        padding = 16 - len(given + learnt)
-        assert row == [~i for i in given] + learnt + [~1] * padding
-    assert len(rows) == 2 and ids[-1] == ~1 and padding
+    wanted = []
+    for prompt, response in examples[:2]:               # there is no room for the third
+        given = [1, *encoded(vocabulary, prompt)[-7:]]
+        row = [~i for i in given] + encoded(vocabulary, response) + [1]
+        wanted += row + [~1] * (16 - len(row))
+    assert ids.tolist() == wanted + [~1] and wanted[-1] == ~1
     items = [{"instruction": "Go.", "input": "now" * (i % 2), "output": f"{i}"} for i in range(12)]
     instruct.write_lines(Path("t/a.train.jsonl"), items)
     instruct.write_lines(Path("t/a.dev.jsonl"), items[:5])
@@ -2481,11 +2316,11 @@ def test_only_responses_are_learnt_from(saved, vocabulary, monkeypatch):
     stopped(monkeypatch, 5)
     invoke(command + "part", 130)
     invoke(command + "part --resume")
-    assert c.weights_digests(Path("part")) == c.weights_digests(Path("whole"))
+    assert weights("part") == weights("whole")
     assert not c.read_json(Path("part/run.json"))["settings"]["random_offset"]
-    for flags, wanted in {"--dev t/a.train.jsonl": "no *.dev.jsonl", "--text model": "model holds no",
-                          "--prefix none": "end with the prefix token"}.items():
-        assert wanted in error(f"{command} x {flags}")
+    refused(command + "x", {
+        "--dev t/a.train.jsonl": "no *.dev.jsonl", "--text model": "model holds no",
+        "--prefix none": "end with the prefix token"})
 
 # -----------------------------------------------------------------------------
 # On a GPU
