@@ -52,14 +52,14 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-# torch's threads spin while they wait: spinning less makes a busy machine 100 times faster.
+# torch's threads spin while they wait, and take the time of other processes: spin less.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import click
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn         # imported later, it would keep a process group alive
+import torch.distributed.nn         # else torch imports it later, and a process group stays alive
 import torch.nn.functional as F
 from click import ClickException, IntRange, echo, option
 from tokenizers import (Tokenizer, decoders, models, normalizers, pre_tokenizers, processors,
@@ -104,7 +104,7 @@ def plain_loss(z, w, targets, tau, alpha):
     """Return the loss that is the whole lesson, summed over N tokens (the paper's Eq. 9).
 
     z, w (N, V) are the student's and the teacher's logits, targets (N,) the tokens that came. It
-    rewards the token that came, and agreement with the teacher on every token.
+    asks for the token that came, and for agreement with the teacher on every token.
 
     It is also what we cannot afford: z, w, log_q, log_p, their exps, products and gradients are
     (N, V) each. FusedLoss in section 5 is this function without them."""
@@ -115,7 +115,7 @@ def plain_loss(z, w, targets, tau, alpha):
     return alpha * ce + (1 - alpha) * tau**2 * divergence
 
 def distil_in_short(student, teacher, batches, tau=2.0, alpha=0.5, lr=4e-3):
-    """Distil a teacher into a student: all that follows does this, only faster and surer.
+    """Distil a teacher into a student: all that follows does this, faster, with checks.
     Each batch is inputs (B, T) and targets (B, T), the inputs' next tokens."""
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr)
     for inputs, targets in batches:
@@ -142,7 +142,7 @@ class Vocabulary(NamedTuple):
 
     @property
     def size(self):
-        """V: one more than the last id of the model's own table, of added words, and the prefix."""
+        """V: one more than the largest id of the model's own tokens, added words, the prefix."""
         ids = [*self.tokenizer.get_vocab(with_added_tokens=False).values(), self.prefix_id]
         added = self.tokenizer.get_added_tokens_decoder()
         return max(ids + [i for i, token in added.items() if not token.special]) + 1
@@ -178,7 +178,7 @@ def encode(vocabulary, lines, prefix):
     first word, but scores sentences after <s> and a space, which the model has never seen."""
     tokenizer = vocabulary.tokenizer
     space, before, after = " ", [vocabulary.prefix_id], []
-    if prefix == "none":
+    if prefix == "none":            # [-1:]: the line break without the space put before it
         space, before, after = "", [], tokenizer.encode("\n", add_special_tokens=False).ids[-1:]
         text = tokenizer.to_str().replace('"add_prefix_space":true', '"add_prefix_space":false')
         tokenizer = Tokenizer.from_str(text)        # a copy that adds no space to a text
@@ -187,7 +187,7 @@ def encode(vocabulary, lines, prefix):
     dtype = np.uint16 if vocabulary.size <= 2**16 else np.uint32
     pieces = [np.zeros(0, dtype)]
     for i in tqdm(range(0, len(lines), 10_000), "encoding", unit=" x 10,000 lines", leave=False):
-        part = [space + line for line in lines[i:i + 10_000]]                   # shows progress
+        part = [space + line for line in lines[i:i + 10_000]]
         encoded = tokenizer.encode_batch_fast(part, add_special_tokens=False)
         ids = itertools.chain.from_iterable(before + line.ids + after for line in encoded)
         pieces.append(np.fromiter(ids, dtype))
@@ -208,7 +208,7 @@ def row_starts(rows, settings, epoch):
 def windows(ids, starts, T):
     """Cut inputs and targets, (rows, T) int64 each, out of the ids.
     For ids 0, 1, 2, ..., T = 4 and a start of 8: inputs 8 9 10 11, targets 9 10 11 12. An id i that
-    is only to be read, such as a prompt's, is there as ~i = -1 - i: its target is -1."""
+    is read but not predicted, as in a prompt, is stored as ~i = -1 - i < 0: its target is -1."""
     rows = ids[starts[:, None] + np.arange(T + 1)]                      # (rows, T + 1)
     rows = torch.from_numpy(rows.astype(np.int64))
     return torch.where(rows < 0, ~rows, rows)[:, :-1], rows[:, 1:].clamp(min=-1)
@@ -230,7 +230,7 @@ def batch_at(step, ids, settings):
 # `past`, `cache`, `mask` or `tree`: read on as if they were not there.
 
 class Tree(NamedTuple):
-    """Positions and mask of rows that hold many texts, as a tree of ids, or padding on the left."""
+    """Positions and mask of rows that are not one text from the left: tries (7), padding."""
     depth: Tensor                   # (B, T), the position of each id in its own text
     sees: Tensor                    # (B, 1, T, S), True where an id (row) may look at another
 
@@ -261,7 +261,7 @@ def split_heads(x, heads):
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 def extend_cache(past, k, v):
-    """Append new keys and values (B, H, T, D) to those in `past`, a layer's cache; return all."""
+    """Append keys and values (B, H, T, D) to a layer's cache, [] at first; None keeps nothing."""
     if past:                                            # (B, H, earlier + T, D)
         k = torch.cat([past[0], k], 2)
         v = torch.cat([past[1], v], 2)
@@ -401,7 +401,7 @@ def likely_share(q, p, mu):
     if p.is_cuda:
         rising = rising.sort(-1)[0]
     else:
-        rising.numpy().sort(-1)
+        rising.numpy().sort(-1)                 # in place: it is the tensor's own memory
     mass = rising.cumsum(-1)
     unlikely = torch.searchsorted(mass, mass[:, -1:] - mu, right=True)  # how many fit in 1 - mu
     least = rising.gather(1, unlikely.clamp_(max=V - 1))                # p of the last likely one
@@ -430,12 +430,12 @@ def jensen_shannon(log_q, log_p, _, share):
     return share * kl(log_p, m) + (1 - share) * kl(log_q, m)
 
 def target_apart(log_q, log_p, targets, gamma):
-    """Reverse KL of target against rest, plus gamma times that within the rest (arXiv 2604.00223).
+    """Reverse KL of target against rest, plus gamma times that within the rest (see README).
     In plain reverse KL gamma is 1 - q_target: a sure student learns nothing about the rest."""
     def split(log_x):
         rest = log_x.scatter(1, targets, -1e9)                          # the target has no part
-        level = rest.logsumexp(-1, True)
-        return torch.cat([log_x.gather(1, targets), level], 1), rest - level
+        log_total = rest.logsumexp(-1, True)
+        return torch.cat([log_x.gather(1, targets), log_total], 1), rest - log_total
 
     two_q, rest_q = split(log_q)
     two_p, rest_p = split(log_p)
@@ -465,21 +465,21 @@ def by_autograd(definition, u, v, targets, constant):
         gradient, = torch.autograd.grad(value.sum(), u)
     return value.detach()[:, None], gradient
 
-# Now the fast way: four divergences with their gradients written out, in place and in fp32, in a
-# third of the time. Tests hold them equal, but what the teacher rules out costs 87 here, 700 above.
+# Now the fast way: four divergences with their gradients written out, in place and in fp32. Tests
+# hold them equal, but a token that the teacher rules out costs 87 here, and 700 above.
 
 def to_probabilities(u, v):
     """Return q, p and r, all (n, V). v is overwritten, and u's rows have 0 as maximum.
     u - v is cut at 87, as exp(-87) is near fp32's least normal number: a token that the teacher
     rules out costs reverse KL much, not infinitely much."""
-    p = v.sub_(v.amax(-1, True))                # both now have 0 as maximum
-    r = (u - p).clamp_(max=-math.log(torch.finfo(u.dtype).tiny))
+    v.sub_(v.amax(-1, True))                    # both now have 0 as maximum
+    r = (u - v).clamp_(max=-math.log(torch.finfo(u.dtype).tiny))
     q = u.exp()
     # log q - log p = u - v + log(sum exp v / sum exp u)
     q_scale = 1 / q.sum(-1, True)
-    p_scale = 1 / p.exp_().sum(-1, True)
+    p_scale = 1 / v.exp_().sum(-1, True)
     r.add_((q_scale.double() / p_scale).log_().to(r.dtype))
-    return q.mul_(q_scale), p.mul_(p_scale), r
+    return q.mul_(q_scale), v.mul_(p_scale), r
 
 def softmax_backward_(q, k):
     """Backpropagate through softmax: overwrite k = df/dq with df/du = q (k - sum q k).
@@ -511,10 +511,10 @@ def forward_and_reverse_kl(q, p, r, weight):
     """weight FKL + (1 - weight) RKL (AKL paper, section 4); weight is a number or (n, 1)."""
     forward = -(p * r).sum(-1, True)
     reverse, gradient = softmax_backward_(q, r)
-    error = torch.sub(q, p, out=p)                      # forward KL's gradient
-    slack = error.sum(-1, True)                         # 0, but for rounding
-    value = weight * (forward + slack) + (1 - weight) * (reverse - slack)
-    return value, gradient.lerp_(error, weight)         # (1 - weight) gradient + weight error
+    slope = torch.sub(q, p, out=p)                      # forward KL's gradient
+    error = slope.sum(-1, True)                         # 0, but for rounding
+    value = weight * (forward + error) + (1 - weight) * (reverse - error)
+    return value, gradient.lerp_(slope, weight)         # (1 - weight) gradient + weight slope
 
 def adaptive_kl(q, p, r, mu):
     """likely_share FKL + (1 - likely_share) RKL, row by row (AKL paper, Eq. 15)."""
@@ -609,7 +609,7 @@ CHUNK = {"cpu": 304, "cuda": 1024}      # rows of logits at once: more need memo
 
 @functools.cache
 def compiled(function):
-    """Compile a function: its elementwise operations become a pass over the logits or two."""
+    """Compile a function: its elementwise operations are fused into one or two passes."""
     torch._dynamo.config.recompile_limit = 99       # once for each beta and shape
     return torch.compile(function, dynamic=False)
 
@@ -757,12 +757,12 @@ def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype, 
     optimizer.zero_grad()
     # forward and backward, a micro-batch at a time
     for ids, target in zip(inputs.split(rows), targets.split(rows)):
-        coached = coach.hidden(ids).flatten(0, 1) if coach else None                # (N, C')
+        teacher_hidden = coach.hidden(ids).flatten(0, 1) if coach else None         # (N, C')
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             hidden = model(ids).flatten(0, 1)                                       # (N, C)
             loss, parts = FusedLoss.apply(
-                hidden, model.head, target.flatten(), coached, coach.head if coach else None,
-                settings, beta)
+                hidden, model.head, target.flatten(), teacher_hidden,
+                coach.head if coach else None, settings, beta)
         scaler.scale(loss / tokens).backward()
         losses += torch.cat([loss.detach().double()[None], parts]) / tokens
     # the sum over processes: one flat all-reduce of the gradients
@@ -891,10 +891,10 @@ def token_log_probabilities(hidden, head, rows, targets, chunk):
     scores = torch.empty_like(targets, dtype=hidden.dtype)
     for i in range(0, len(hidden), chunk):
         logits = hidden[i:i + chunk] @ head.T                                       # (n, V)
-        level = logits.logsumexp(-1)
+        log_total = logits.logsumexp(-1)
         here = (i <= rows) & (rows < i + chunk)                 # which of the E are in this chunk
         row = rows[here] - i
-        scores[here] = logits[row, targets[here]] - level[row]
+        scores[here] = logits[row, targets[here]] - log_total[row]
     return scores
 
 def score_tries(model, tries):
@@ -1913,8 +1913,8 @@ def common_scores(folders, suite):
     names = [{path.name for path in folder.glob("*.jsonl") if path.name.startswith(suite)}
              for folder in folders]
     common = sorted(set.intersection(*names))
-    need(common, f"{', '.join(map(str, folders))} have no scores of the same {suite} pairs: run "
-         "eval-blimp --model ... for each, with the same --suite, --data, --sample and --rule.")
+    need(common, f"{', '.join(map(str, folders))} have no scores of the same {suite} items: score "
+         "each in the same way (eval-blimp or a script in data/, --suite, --sample, --rule).")
     return max(common, key=lambda name: (folders[0] / name).stat().st_size)
 
 def read_scores(path):
@@ -1927,7 +1927,7 @@ def read_scores(path):
             score = line["score"] if "score" in line else line["good"] >= line["bad"]
             scores.append(float(score))
         need(len(names) == facts["pairs"] > 0 and facts["weights"] == weights_digests(path.parent),
-             f"{path} is cut off, or of other weights than those beside it: run eval-blimp again.")
+             f"{path} is cut off, or of other weights than those beside it: score it again.")
     return names, np.array(scores)
 
 def confidence_interval(differences):

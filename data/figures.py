@@ -526,12 +526,13 @@ def paper_means(rows: list[dict[str, str]], suite: str, without: tuple[str, ...]
     off = {}
     for model in list(printed)[2:]:
         mean = sum(float(row[model]) for row in tasks) / len(tasks)
-        if abs(mean - float(printed[model])) > 0.075:           # what rounding of both may do
+        if abs(mean - float(printed[model])) > 0.1:             # both are rounded, by 0.05 each
             off[model] = f"{model} {mean:.1f} ({printed[model]})"
     left_out = f" without {', '.join(without)}" if without else ""
     agree = len(printed) - 2 - len(off)
+    names = f"; not for {', '.join(off.values())}" if 0 < len(off) < 8 else ""
     return (f"{suite}{left_out}: the mean of {len(tasks)} rows is the one printed for {agree} of "
-            f"{len(printed) - 2} models" + f"; not for {', '.join(off.values())}" * (0 < len(off) < 8))
+            f"{len(printed) - 2} models{names}")
 
 
 def paper_claim(rows: list[dict[str, str]], better: str, other: str, suites: str,
@@ -549,8 +550,8 @@ def paper_claim(rows: list[dict[str, str]], better: str, other: str, suites: str
 
     margins = [step / 10 for step in range(101) if count(step / 10) == claim]
     how = f"within {margins[0]} to {margins[-1]} points" if margins else "no margin gives that"
-    return (f"{better} against {other}, {suites.replace(' ', ' and ')}: said to be better, as good, "
-            f"worse in {claim}; Table 2 has {count(0)}; {how}")
+    return (f"{better} against {other}, {suites.replace(' ', ' and ')}: said to be better, as "
+            f"good, worse in {claim}; Table 2 has {count(0)}; {how}")
 
 
 def ranked(figures: dict[str, float]) -> str:

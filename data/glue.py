@@ -25,7 +25,7 @@ TEXTS = {                   # an item's text, or its two, as the pipeline makes 
     "multirc": ["{paragraph}", "Question: {question} Answer: {answer}"],
     "wsc": ["{text}", 'Does "{span2_text}" refer to "{span1_text}" in this passage?']}
 METRICS = dict.fromkeys(TEXTS, "accuracy") | {"cola": "mcc", "mrpc": "f1", "qqp": "f1"}
-ROW = ("{task:<8}{metric:>9} {figure:6.1%} ± {spread:5.1%}, majority {majority:6.1%}, accuracy "
+ROW = ("{task:<8}{metric:>9} {figure:6.1%}, seeds ± {spread}, majority {majority:6.1%}, accuracy "
        "{accuracy:6.1%} ± {stderr:5.1%}, {train:,} train, {valid:,} valid")
 
 def read_items(path, task, tokenizer):
@@ -34,7 +34,7 @@ def read_items(path, task, tokenizer):
     keys = re.findall(r"\{(\w+)\}", "".join(TEXTS[task]))
     classes = 3 if task == "mnli" else 2
     rows, labels = [], []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().rstrip().splitlines(), 1):
         try:
             item = json.loads(line)
             fields = {key: item[key] + "" for key in keys}              # fails on what is no text
@@ -58,7 +58,7 @@ def figure(task, labels, guesses):
 def class_logits(model, head, rows):
     """Return what the head makes of the last token's hidden state in each row: (B, classes).
     Sixteen rows of similar length go through the model together: of a whole batch, drawn at random,
-    half would be padding. That stands behind, where a causal model does not look: no mask."""
+    half would be padding. It follows a row's end, where a causal model does not look: no mask."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     states = []
     model.train(torch.is_grad_enabled())                                # dropout, if we train
@@ -66,7 +66,7 @@ def class_logits(model, head, rows):
         part = [torch.tensor(rows[i]) for i in order[start:start + 16]]
         hidden = model.hidden(torch.nn.utils.rnn.pad_sequence(part, True).to(head.weight.device))
         states.append(hidden[range(len(part)), [len(row) - 1 for row in part]])     # (16, C)
-    logits = head(torch.cat(states))[np.argsort(order)]
+    logits = head(torch.cat(states))[np.argsort(order)]                 # in the rows' order again
     c.need(logits.isfinite().all(), "the logits are not finite: take a lower --lr.")
     return logits
 
@@ -79,8 +79,7 @@ def train_step(model, head, optimizer, rows, labels):
     optimizer.zero_grad()
 
 def fine_tune(model, task, rows, labels, valid, seed, how):
-    """Train all weights, as transformers' Trainer does by default: no decay, no warmup, clipping.
-    Return the best epoch by the task's own file, and its guesses for each of `valid`."""
+    """Train all weights as transformers' Trainer does by default. Return best epoch and guesses."""
     torch.manual_seed(seed)                                             # also for dropout
     head = torch.nn.Linear(model.config.width, labels.max() + 1, False, model.head.device)
     torch.nn.init.normal_(head.weight, 0, 0.02)
@@ -106,13 +105,14 @@ def fine_tune(model, task, rows, labels, valid, seed, how):
 
 def evaluate(folder, model, tokenizer, task, paths, how):
     """Train on the first of a task's files. Return a row of the table for each of the others.
-    They are kept with all guesses in the model's folder, and found there if nothing has changed."""
+    All guesses are kept in the model's folder, as read_scores wants them, and used if unchanged."""
     contents = [json.dumps(how, sort_keys=True).encode(), *(path.read_bytes() for path in paths)]
     kept = folder / f"glue-{task}-{c.digest(*contents)[:8]}.jsonl"
+    weights = c.weights_digests(folder)
     with c.reading(kept):
-        facts = json.loads(kept.read_bytes().splitlines()[0]) if kept.exists() else {"weights": 0}
-        if facts["weights"] == c.weights_digests(folder):
-            return facts["rows"]
+        facts, *known = map(json.loads, kept.read_bytes().splitlines()) if kept.exists() else [{}]
+        if known and facts["weights"] == weights and len(known) == facts["pairs"]:
+            return [row for row in facts["rows"] if ROW.format(**row)]
     train = read_items(paths[0], task, tokenizer)
     valid = {path.name.split(".")[0]: read_items(path, task, tokenizer) for path in paths[1:]}
     epochs, found = zip(*[fine_tune(copy.deepcopy(model), task, *train, valid, seed, how)
@@ -124,12 +124,12 @@ def evaluate(folder, model, tokenizer, task, paths, how):
         right = (guesses == labels).mean(0)                             # (n,)
         rows.append({"task": name, "chosen": epochs, "train": len(train[1]), "valid": len(labels),
                      "metric": METRICS[task], "figure": np.mean(values), "values": values,
-                     "spread": np.std(values, ddof=len(values) > 1), "accuracy": right.mean(),
+                     "spread": f"{np.std(values, ddof=1):.1%}" if len(values) > 1 else "unknown",
                      "majority": figure(task, labels, 0 * labels + np.bincount(train[1]).argmax()),
-                     "stderr": right.std() / max(1, len(labels) - 1)**0.5})
+                     "accuracy": right.mean(), "stderr": right.std() / max(1, len(right) - 1)**0.5})
         lines += [{"phenomenon": name, "paradigm": name, "line": i + 1, "score": right[i],
                    "predictions": guesses[:, i].tolist()} for i in range(len(labels))]
-    facts = {"pairs": len(lines), "weights": c.weights_digests(folder), "rows": rows, **how}
+    facts = {"pairs": len(lines), "weights": weights, "rows": rows, **how}
     with c.written_whole(kept) as file:
         file.write("".join(json.dumps(line) + "\n" for line in [facts, *lines]).encode())
     return rows
@@ -145,26 +145,26 @@ def evaluate(folder, model, tokenizer, task, paths, how):
 @option("--epochs", default=10, type=IntRange(1), help="Passes over the training file at most.")
 @option("--patience", default=3, type=IntRange(1), help="Stop so many epochs after the best.")
 @option("--tokens", default=128, type=IntRange(8), help="Longest item, special tokens included.")
-@option("--threads", default=0, type=IntRange(0), help="Processor threads; 0: as train has it.")
 @c.device_option
 @c.json_option
-def cli(folder, data, tasks, threads, device, as_json, **how):
+def cli(folder, data, tasks, device, as_json, **how):
     """Fine-tune on GLUE's tasks and score. Example: python data/glue.py -m RUN -d DIR"""
-    c.need(re.fullmatch(r"\d{1,9}(,\d{1,9})*", how["seeds"]), "--seeds: expected such as 1,2,3.")
-    how["seeds"] = [int(seed) for seed in how["seeds"].split(",")]
+    c.need(re.fullmatch("[0-9]{1,9}(,[0-9]{1,9})*", how["seeds"]), "--seeds: expected as 1,2,3.")
+    how["seeds"] = sorted({int(seed) for seed in how["seeds"].split(",")})
+    c.need(c.os.access(folder, c.os.W_OK), f"{folder} is missing, or cannot be written to.")
     model, (tokenizer, *_) = c.load_model(folder, c.choose_device(device))
-    torch.set_num_threads(threads or (1 if model.config.width < 128 else torch.get_num_threads()))
+    torch.set_num_threads(1 if model.config.width < 128 else torch.get_num_threads())   # as train
     tokenizer.enable_truncation(min(how["tokens"], model.config.positions))
     rows = []
-    for task in tasks or TEXTS:                             # mnli-mm is a second file of mnli's
+    for task in dict.fromkeys(task.removesuffix("-mm") for task in tasks or TEXTS):     # mnli's
         paths = [data / f"{task}{part}.jsonl" for part in (".train", ".valid", "-mm.valid")]
         if paths[0].exists() and paths[1].exists():
             rows += evaluate(folder, model, tokenizer, task, paths[:2 + paths[2].exists()], how)
     c.need(rows, f"{data} has no TASK.train.jsonl with its TASK.valid.jsonl: see --help.")
-    echo(f"Left out: {', '.join(sorted(TEXTS.keys() - {row['task'] for row in rows}))}.", err=True)
     mean = np.mean([row["figure"] for row in rows])
-    lines = [*(ROW.format(**row) for row in rows), f"mean of {len(rows)} of 11 tasks: {mean:.1%}"]
-    echo(json.dumps({"rows": rows, "mean": mean}) if as_json else "\n".join(lines))
+    missing = ", ".join(sorted(TEXTS.keys() - {row["task"] for row in rows})) or "none"
+    lines = [*(ROW.format(**row) for row in rows), f"mean {mean:.1%}, missing tasks: {missing}"]
+    echo(json.dumps({"rows": rows, "missing": missing}) if as_json else "\n".join(lines))
 
 if __name__ == "__main__":
     cli()

@@ -1,13 +1,13 @@
 """Train on prompts and responses, let a model respond, score it by Rouge-L, as the AKL paper does.
 
-    python data/instruct.py train --init RUN --text DIR     as choobaca.py train, on DIR's *.jsonl
+    python data/instruct.py train -c configs/akl-small.toml --objective ce --init RUN
     python data/instruct.py -m RUN -d FILE.jsonl            five seeds: mean and deviation
     python choobaca.py compare RUN RUN --suite rouge        two models on the same examples
     python data/instruct.py -m TEACHER -d dolly.train.jsonl --seeds 10 --out text/seqkd.train.jsonl
 
-The last writes a text for sequence-level distillation: train --objective ce --text text. It has all
-examples, those with an empty response as well: so often the teacher has nothing to say. Training
-puts an end behind every response; "ended" is false in lines where the teacher did not.
+The first is choobaca.py's train, on *.jsonl. The last writes a text for sequence-level
+distillation: train --objective ce --init RUN --text text. It has all examples, also those where the
+teacher said nothing. Training ends every response; "ended" is false where the teacher did not.
 
 A line is a JSON object with strings prompt and output (or response; or a list of several), or with
 instruction, input and output, which get Alpaca's template. A row of a batch is one example. Only
@@ -32,6 +32,7 @@ from tqdm import tqdm
 TASK = "Below is an instruction that describes a task"
 ASK = " Write a response that appropriately completes the request.\n\n### Instruction:\n"
 MORE = ", paired with an input that provides further context."
+DEV = r"(.*\.)?(dev|valid|validation)\.jsonl"          # names of held-out files
 
 def read_example(line: str, place: str) -> list[str]:
     """Return the prompt and the response, or responses, of a line."""
@@ -39,8 +40,8 @@ def read_example(line: str, place: str) -> list[str]:
         item = json.loads(line)
         prompt = item.get("prompt")
         if prompt is None:                          # Alpaca's template
-            given = f"### Input:\n{item['input']}\n\n" if item.get("input") else ""
-            prompt = f"{TASK}{MORE if given else '.'}{ASK}{item['instruction']}\n\n{given}"
+            given = f"### Input:\n{item['input'] + ''}\n\n" if item.get("input") else ""
+            prompt = f"{TASK}{MORE if given else '.'}{ASK}{item['instruction'] + ''}\n\n{given}"
             prompt += "### Response:\n"
         output = item.get("output", item.get("response"))
         texts = [prompt, *output] if type(output) is list else [prompt, output]
@@ -52,12 +53,14 @@ def read_example(line: str, place: str) -> list[str]:
 
 def read_examples(path: Path, names: str) -> list[list[str]]:
     """Read the examples in a file, or in those of a folder, whose names match."""
-    lines = c.read_text(path, names)
-    return [read_example(line, f"{path}, example {i}") for i, line in enumerate(lines, 1)]
+    c.need(path.exists(), f"{path} does not exist: expected lines of prompts and responses.")
+    files = [path] if path.is_file() else sorted(path.glob("[!.]*.jsonl"))
+    return [read_example(line, f"{file}, example {i}") for file in files
+            for i, line in enumerate(c.read_text(file, names), 1)]
 
 def encode_prompt(vocabulary: c.Vocabulary, ids: list[int], T: int) -> list[int]:
     """Put the prefix token before a prompt's ids; of a long prompt keep the end, for T / 2 in all.
-    So "### Response:" is there. MiniLLM keeps the beginning, and trains on no longer prompts."""
+    So "### Response:" is there. MiniLLM keeps the beginning, and does not train on such prompts."""
     return [vocabulary.prefix_id, *ids[max(0, len(ids) - T // 2 + 1):]]
 
 def encode_examples(vocabulary: c.Vocabulary, examples: list[list[str]], T: int) -> np.ndarray:
@@ -81,10 +84,11 @@ def encode_examples(vocabulary: c.Vocabulary, examples: list[list[str]], T: int)
 def read_corpus(settings: c.Settings, _) -> c.Corpus:
     """Read examples where `choobaca.py train` reads plain text."""
     c.need(settings.tokenizer, "a tokenizer is missing: give --init, --teacher or --tokenizer.")
-    c.need(settings.prefix == "line", "--prefix none: responses end with the prefix token.")
+    plain = settings.random_offset or (settings.prefix, settings.reduction) != ("line", "token")
+    c.need(not plain, "--random-offset, --prefix none, --reduction batchmean are for plain text.")
     vocabulary = c.load_vocabulary(Path(settings.tokenizer))
-    train = read_examples(Path(settings.text), r"(?!.*\.(dev|valid|test)\.).*\.jsonl")
-    dev = read_examples(Path(settings.dev or settings.text), r".*\.(dev|valid)\.jsonl")
+    train = read_examples(Path(settings.text), rf"(?!{DEV}|(.*\.)?test\.).*\.jsonl")
+    dev = read_examples(Path(settings.dev or settings.text), DEV)
     c.need(train, f"{settings.text} holds no *.jsonl: expected lines of prompts and responses.")
     c.need(dev or not settings.dev, f"{settings.dev} holds no *.dev.jsonl and no *.valid.jsonl.")
     ids = [encode_examples(vocabulary, examples, settings.context) for examples in (train, dev)]
@@ -109,7 +113,7 @@ def rouge_l(reference: list[str], response: list[str]) -> float:
     """Return the F-measure of the longest common subsequence of two lists of words.
     "the old dog ran" and "the dog sat" share "the dog": precision 2/3, recall 2/4, F 0.571."""
     words = np.array(reference, object)
-    # shared[j]: how long it is for the first j words of the reference and the response so far
+    # shared[j]: the longest, of the first j words of the reference and the response so far
     shared = np.zeros(len(words) + 1, int)
     for word in response:
         longer = shared[:-1] + (words == word)
@@ -161,7 +165,7 @@ def write_lines(path: Path, items: list[dict]) -> None:
 
 @click.group(cls=c.Cli, invoke_without_command=True,
              context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
-@click.option("-m", "--model", "folder", type=c.location, help="As eval-blimp's.")
+@click.option("-m", "--model", "folder", type=c.location, help="Run, or HF folder.")
 @click.option("-d", "--data", type=c.location, help="A file of prompts and responses.")
 @click.option("--seeds", default="10,20,30,40,50", help="Each answers all prompts.")
 @click.option("--sample", default=0, type=click.IntRange(0), help="About so many examples; 0: all.")
@@ -175,7 +179,7 @@ def write_lines(path: Path, items: list[dict]) -> None:
 def cli(ctx, folder, data, seeds, sample, length, temperature, batch_size, out, device, as_json):
     """Let a model respond to prompts, and score it by Rouge-L; or train it to."""
     sys.stdout.reconfigure(errors="backslashreplace")       # a path may be no UTF-8
-    if ctx.invoked_subcommand:                              # train, as in choobaca.py but for this
+    if ctx.invoked_subcommand:      # train_command calls choobaca's read_corpus: from here on, ours
         c.read_corpus = read_corpus
         ctx.default_map = {"train": {"random_offset": False}}
         return
@@ -188,7 +192,10 @@ def cli(ctx, folder, data, seeds, sample, length, temperature, batch_size, out, 
     lines = list(enumerate(read_examples(data, ".*"), 1))
     lines = lines[::max(1, round(len(lines) / sample)) if sample else 1]
     examples = [example for _, example in lines]
+    weights = c.weights_digests(folder)
     model, vocabulary = c.load_model(folder, c.choose_device(device))
+    if model.config.width < 128:                            # as train does
+        torch.set_num_threads(1)
     # where nothing can be written, we say so now, and not after hours of work
     c.need(not out or not out.exists(), f"{out} is already there: choose another --out.")
     for place in [folder, *([next(x for x in out.parents if x.exists())] if out else [])]:
@@ -208,9 +215,11 @@ def cli(ctx, folder, data, seeds, sample, length, temperature, batch_size, out, 
     if out:
         write_lines(out, sum(passes, []))
     # all that decides a score, but the model, is in the name: compare takes files of one name
-    facts = {"seeds": seeds, "length": length, "temperature": temperature, "words": words}
-    path = folder / f"rouge-{data.stem}-{c.digest(repr((examples, facts)).encode())[:8]}.jsonl"
-    items = [{"pairs": len(lines), "weights": c.weights_digests(folder), **facts}]
+    facts = {"seeds": seeds, "length": length, "temperature": temperature, "words": words,
+             "batch_size": batch_size}
+    name = f"{data.stem[:100]}-t{temperature:g}-{c.digest(repr((examples, facts)).encode())[:8]}"
+    path = folder / f"rouge-{name}.jsonl"
+    items = [{"pairs": len(lines), "weights": weights, **facts}]
     for (i, _), *scored in zip(lines, *passes):
         score = float(np.mean([line["rouge_l"] for line in scored])) / 100
         items.append({"phenomenon": data.stem, "paradigm": data.stem, "line": i, "score": score})
