@@ -5,13 +5,11 @@
     python choobaca.py compare RUN RUN --suite rouge        two models on the same examples
     python data/instruct.py -m TEACHER -d dolly.train.jsonl --seeds 10 --out text/seqkd.train.jsonl
 
-The first is choobaca.py's train, on *.jsonl. The last writes a text for sequence-level
-distillation: train --objective ce --init RUN --text text. It has all examples, also those where the
-teacher said nothing. Training ends every response; "ended" is false where the teacher did not.
-
-A line is a JSON object with strings prompt and output (or response; or a list of several), or with
-instruction, input and output, which get Alpaca's template. A row of a batch is one example. Only
-the response and its end are learnt from: plain text's losses, teachers and steps do the rest.
+The first is choobaca.py's train, on lines with prompt and output (or response; or a list of them),
+or with instruction, input and output, which get Alpaca's template. A row of a batch is an example;
+only the response and its end are learnt from. The last writes a text for sequence-level
+distillation (train --objective ce --text text): all examples, also where the teacher said nothing.
+Training ends every response; "ended" is false where the teacher did not.
 """
 import functools
 import itertools
@@ -194,8 +192,7 @@ def cli(ctx, folder, data, seeds, sample, length, temperature, batch_size, out, 
     examples = [example for _, example in lines]
     weights = c.weights_digests(folder)
     model, vocabulary = c.load_model(folder, c.choose_device(device))
-    if model.config.width < 128:                            # as train does
-        torch.set_num_threads(1)
+    torch.set_num_threads(1 if model.config.width < 128 else torch.get_num_threads())   # as train
     # where nothing can be written, we say so now, and not after hours of work
     c.need(not out or not out.exists(), f"{out} is already there: choose another --out.")
     for place in [folder, *([next(x for x in out.parents if x.exists())] if out else [])]:
