@@ -1128,7 +1128,7 @@ def test_two_processes_stop_and_go_on_as_one(here, monkeypatch):
     assert "another process of this run has ended" in said[0] and "Traceback" not in said[0]
     received = []                       # a signal that comes while the others are asked waits
     monkeypatch.setattr(c.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(c.dist, "all_reduce", lambda flag: received.append(signal.SIGINT))
+    monkeypatch.setattr(c.dist, "all_reduce", lambda *_: received.append(signal.SIGINT))
     assert [c.stop_signal(received, "cpu") for _ in range(2)] == [0, signal.SIGINT]
 
 # Trains, is killed at a random moment, goes on, 25 times; files are written slowly.
