@@ -38,6 +38,7 @@ if sys.version_info < (3, 11):
 
 import contextlib
 import copy
+import csv
 import functools
 import hashlib
 import itertools
@@ -465,8 +466,7 @@ def by_autograd(definition, u, v, targets, constant):
         gradient, = torch.autograd.grad(value.sum(), u)
     return value.detach()[:, None], gradient
 
-# Now the fast way: four divergences with their gradients written out, in place and in fp32. Tests
-# hold them equal, but a token that the teacher rules out costs 87 here, and 700 above.
+# Now the fast way: four of them with their gradients written out, in place and in fp32.
 
 def to_probabilities(u, v):
     """Return q, p and r, all (n, V). v is overwritten, and u's rows have 0 as maximum.
@@ -693,9 +693,7 @@ class FusedLoss(torch.autograd.Function):
     def backward(ctx, d_loss, _):
         """Multiply the gradients by d_loss, the caller's 1 / tokens (and fp16's scale). Applied
         before the matmuls, 1 / tokens would round fp16 gradients to 0."""
-        assert not getattr(ctx, "spent", False), "the first backward pass has used the gradients up"
-        ctx.spent = True
-        gradients = [each.mul_(d_loss) for each in ctx.saved_tensors]
+        gradients = [each * d_loss for each in ctx.saved_tensors]
         return *gradients, *[None] * 5
 
 class Coach:
@@ -911,7 +909,6 @@ def score_tries(model, tries):
     sees = below | torch.eye(T, dtype=torch.bool)       # padding sees itself: no softmax is empty
     tree = Tree(depth.to(device), sees[:, None].to(device))
     hidden = model.hidden(ids.to(device), tree=tree).flatten(0, 1)                      # (B * T, C)
-    # ask for the edges of all tries
     rows = [b * T + i for b, trie in enumerate(tries) for i, _ in trie.edges]
     rows = torch.tensor(rows, device=device)
     targets = torch.tensor([target for trie in tries for _, target in trie.edges], device=device)
@@ -1048,6 +1045,7 @@ class Settings:
     gamma: float = setting(0.5, "Weight of the rest in drkl.", low=1e-3, high=1e3)
     # how a run is carried out, which changes little but the rounding
     teachers: int = setting(0, "How many of the config's teachers to learn from.", high=2)
+    teacher_steps: int = setting(0, "Steps of each of these; 0: as their own tables say.")
     device: str = setting("auto", "Where to compute.", ("auto", "cpu", "cuda"))
     threads: int = setting(0, "Processor threads; 0: one if small, else torch's choice.", high=1024)
     precision: str = setting("auto", "Matmuls; auto: fp32, a GPU bf16/fp16.", ("auto", *PRECISIONS))
@@ -1433,10 +1431,9 @@ def words_read(step, corpus, settings):
     return tokens * corpus.words / len(corpus.train)
 
 def checkpoint_steps(corpus, settings):
-    """Return the folders of --checkpoints, each with the step after which it is written.
-    BabyLM asks for them at 1M to 10M words, then by 10M to 100M, then by 100M."""
+    """Return the folders of --checkpoints, each with the step after which it is written."""
     counts = settings.checkpoints.split(",") if settings.checkpoints else []
-    if counts == ["babylm"]:
+    if counts == ["babylm"]:                # at 1M to 10M words, then by 10M, then by 100M
         counts = [f"{power * i}M" for power in (1, 10, 100) for i in range(1, 11)]
     found = {}
     steps, _ = count_steps(len(corpus.train), settings)
@@ -1626,7 +1623,7 @@ def begin_run(run, record, steps, log, resume, parts):
     return progress
 
 @contextlib.contextmanager
-def locked_log(folder):
+def locked_log(folder, wait):
     """Open a run's log, and keep other processes from training there; a crash ends the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     rank = rank_and_size()[0]
@@ -1637,7 +1634,9 @@ def locked_log(folder):
                 import fcntl
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ClickException(f"{folder}: another process is training this run: wait.")
+            need(wait, f"{folder}: another process is training this run.")
+            echo(f"{folder}: waiting, since another process is training it.", err=True)
+            fcntl.flock(log, fcntl.LOCK_EX)
         yield log
 
 class RecordedStep:
@@ -1814,12 +1813,13 @@ def group_by(items, key):
     return groups
 
 def read_pair(line, path, number, rule="2024", names=None):
-    """Read a line, JSON or of a .tsv with these `names`: two sentences, or EWoK's four texts."""
+    """Read a line, JSON or of a table with these `names`: two sentences, or EWoK's four texts."""
     try:
         if names is None:
             item = json.loads(line)
         else:                                               # what is surplus has the name None
-            cells = (row.decode("utf-8-sig").split("\t") for row in (names, line))
+            rows = [row.decode("utf-8-sig") for row in (names, line)]
+            cells = csv.reader(rows) if path.suffix == ".csv" else (r.split("\t") for r in rows)
             item = dict(itertools.zip_longest(*cells))
         keys = ("sentence_good", "sentence_bad")
         if "Target1" in item:
@@ -1844,14 +1844,14 @@ def read_pair(line, path, number, rule="2024", names=None):
 def read_pairs(folder, sample=0, rule="2024"):
     """Read the pairs in a folder or a file, all or about `sample`, evenly spread."""
     paths = [folder] if folder.is_file() else sorted(folder.glob("[!.]*"))
-    paths = [path for path in paths if path.suffix in (".jsonl", ".tsv") and path.is_file()]
+    paths = [p for p in paths if p.suffix in (".jsonl", ".tsv", ".csv") and p.is_file()]
     pairs = []
     for path in paths:
         lines = path.read_bytes().splitlines()
-        names = lines.pop(0) if path.suffix == ".tsv" and lines else None
+        names = lines.pop(0) if path.suffix != ".jsonl" and lines else None
         pairs += [read_pair(line, path, number, rule, names)
                   for number, line in enumerate(lines, 1 if names is None else 2) if line.strip()]
-    need(pairs, f"{folder} holds no minimal pairs, *.jsonl or *.tsv: see data/download.py; to "
+    need(pairs, f"{folder} holds no minimal pairs, *.jsonl, *.tsv, *.csv: see data/download.py; to "
          "train without any: --pairs none.")
     return pairs[::max(1, round(len(pairs) / sample)) if sample else 1]
 
@@ -2040,14 +2040,14 @@ def read_settings(config, flags, teachers):
     need(teachers or settings.teachers <= len(tables), f"--teachers {settings.teachers}: {config} "
          f"has {len(tables)} of [[teacher]]: add one, or name a folder with --teacher.")
     # a teacher is as the student, but for its own table and for how the student learns
-    own = [*settings_between("objective", "teachers"), "init", "checkpoints"]
+    own = [*settings_between("objective", "teacher_steps"), "init", "checkpoints"]
     plain = {name: KNOWN[name].default for name in own}
     tables = [] if teachers else tables[:settings.teachers]
-    return settings, [Settings(**values | plain | table) for table in tables]
+    steps = {"steps": settings.teacher_steps} if settings.teacher_steps else {}
+    return settings, [Settings(**values | plain | table | steps) for table in tables]
 
 def plan_runs(out, folders, settings, described, corpus, device):
     """Return a command's runs: the teachers, in these folders or as described, and the student."""
-    # A described teacher's folder is named by a hash: it serves all students.
     beside = Path(os.path.relpath(out.resolve().parent))
     runs = [Run("", folder, from_hf_config(folder / "config.json")[0], given=True)
             for folder in folders]
@@ -2208,6 +2208,8 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
          f"{out} already holds files that are no run: choose another --out.")
     need(overwrite or resume or dry_run or "model.safetensors" not in names,
          f"{out} already holds a run: choose another --out, or add --overwrite to replace it.")
+    need(overwrite or resume or dry_run or "state.pt" not in names, f"{out} holds an interrupted "
+         "run: add --resume to go on with it, or --overwrite to begin again.")
     small = Path(settings.text).resolve() == TINY       # any other text gets BLiMP, if it is there
     folder = Path(settings.pairs or (TINY / "blimp" if small else HOME / "data/blimp"))
     none = settings.pairs == "none" or not settings.pairs and not folder.exists()
@@ -2221,9 +2223,6 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
             f"pairs     {len(pairs):,} from {folder}" if pairs else "pairs     none: see --pairs"]
     encode_pairs(corpus.vocabulary, pairs, min(run.settings.positions for run in runs))  # a check
     for run in runs:
-        interrupted = run in todo and (run.out / "state.pt").exists()
-        need(resume or overwrite or dry_run or not interrupted, f"{run.out} holds an interrupted "
-             "run: add --resume to go on with it, or --overwrite to begin again.")
         what = describe_plan(run, corpus) if run in todo else "found, reusing it"
         plan.append(f"{run.name:<9} {run.out}: {what}")
     if resume and runs[-1] not in todo:
@@ -2234,9 +2233,10 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
     if dry_run:
         return
     for run in todo:
-        with locked_log(run.out) as log:
-            if not run.finished or overwrite and run is runs[-1]:
-                fit(run, corpus, device, log, resume)       # else another command was faster
+        taught = run is not runs[-1]                # a teacher always goes on where it was stopped
+        with locked_log(run.out, taught) as log:
+            if not run.finished or overwrite and not taught:
+                fit(run, corpus, device, log, resume or taught and not overwrite)
     if rank == 0:
         print_results(runs, todo, corpus, pairs, device)
 
@@ -2244,7 +2244,7 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
 @option("-m", "--model", "folder", type=location, help="A run, or any Hugging Face folder of "
         "a LLaMA or GPT-2.  [default: the newest finished run in runs/]")
 @option("-d", "--data", type=location, help="Folder of minimal pairs, *.jsonl as BLiMP's or "
-        "EWoK's, or *.tsv.  [default: in data/]")
+        "EWoK's, *.tsv or *.csv.  [default: in data/]")
 @option("--suite", type=click.Choice(SUITES), default="blimp", help="Which pairs.")
 @option("--rule", type=click.Choice(("2024", "2026")), default="2024", help="BabyLM's scoring.")
 @option("--sample", type=IntRange(0), default=0, help="About so many pairs, evenly spread; 0: all.")

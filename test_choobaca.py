@@ -861,12 +861,6 @@ def test_we_read_the_folders_of_transformers(tmp_path, vocabulary, sizes):
         (tmp_path / shard / "tokenizer.json").write_bytes(vocabulary.files["tokenizer.json"])
         theirs_as_ours(tmp_path / shard, c.load_model(tmp_path / shard, "cpu")[0])
 
-def test_a_tokenizer_without_a_line_break_ends_a_text_with_its_prefix():
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "a": 1}, "a"))
-    tokenizer.normalizer = tokenizers.normalizers.Strip()
-    facts = c.to_hf_config(settings(prefix="none"), c.Vocabulary(tokenizer, 0, {}))
-    assert facts["eos_token_id"] == facts["pad_token_id"] == 0
-
 def test_folders_edited_by_hand(tmp_path, vocabulary):
     """Where two places disagree, we read the one that transformers reads, or refuse."""
     transformers = importorskip("transformers")
@@ -1012,6 +1006,8 @@ def test_any_text_trains_and_own_pairs_are_scored(here):
     for name in ("own.tsv", "."):
         told = invoke(f"eval-blimp -m 0 -d {name}").stdout
         assert re.search("own(.*\n)*mean of 1 paradigm +2 ", told)
+    Path("own.csv").write_text('sentence_good,sentence_bad\n"Nein, ""Hunde""",Nein\n')
+    assert c.read_pairs(Path("own.csv"))[0].good[1] == ' Nein, "Hunde"'
     Path("own.tsv").write_text("sentence_good\tsentence\nHunde läuft.\tHunde laufen.\n")
     assert "own.tsv, line 2: expected" in error("eval-blimp -m 0 -d own.tsv")
     for row in ("Hunde", "Hunde\tHund\tmehr"):
@@ -1021,10 +1017,15 @@ def test_any_text_trains_and_own_pairs_are_scored(here):
 def test_what_is_finished_is_used_again_if_it_is_the_same(here, monkeypatch):
     """Teachers; a run, at --resume; what another command trains, or has trained meanwhile."""
     brief_config(here, RKL, "lr = 3e-3")
-    with c.locked_log(Path("r/1")):
+    with c.locked_log(Path("r/1"), False):
         assert "another process is training this run" in untrained("r/1")
     train("r/1")
     (teacher,), (scores,) = here.glob("r/teacher-*"), here.glob("r/1/blimp-*")
+    with monkeypatch.context() as patch:
+        stopped(patch, 3)
+        train("a/1", code=130)
+    train("a/1")                                        # its teacher goes on where it stopped
+    same_runs("r/1", "a/1")
     before = os.path.getmtime(teacher / "model.safetensors"), scores.read_bytes()
     told = train("r/2", "--lr 1e-3 --objective fkl --alpha 0.3").stderr
     assert f"{teacher.name}: found, reusing it" in told
@@ -1040,14 +1041,17 @@ def test_what_is_finished_is_used_again_if_it_is_the_same(here, monkeypatch):
     record, before = c.read_json(Path("r/2/run.json")), c.read_json(teacher / "run.json")
     assert record["teachers"] == [str(teacher)] == [record["settings"]["tokenizer"]]
 
-    def late(folder, locked=c.locked_log):
-        if folder.name == teacher.name:
+    def late(folder, wait, locked=c.locked_log):
+        if wait:
             shutil.copytree(teacher, folder)
             os.utime(folder / "model.safetensors", (1, 1))
-        return locked(folder)
+            held = locked(folder, wait)
+            held.__enter__()
+            threading.Timer(0.1, held.__exit__, [None] * 3).start()
+        return locked(folder, wait)
 
     monkeypatch.setattr(c, "locked_log", late)
-    train("b/1")
+    assert "waiting, since another process" in train("b/1").stderr
     assert os.path.getmtime(f"b/{teacher.name}/model.safetensors") == 1
     same_runs("r/1", "b/1")
     edit(teacher / "run.json", settings=before["settings"] | {"seed": 7})   # not as it is named
@@ -1443,11 +1447,11 @@ def test_defaults_then_base_then_toml_then_flags(here):
     child.parent.mkdir()
     child.write_text('\ufeffbase = "../brief.toml"\nalpha = 0.75\nobjective = "rkl"\nteachers = 2\n'
                      "[[teacher]]\nclip = 0.5\n[[teacher]]\nwidth = 64\n[[teacher]]\nwidth = 16")
-    s, teachers = c.read_settings(child, NO_FLAGS | {"seed": 3, "warmup": 1}, [])
-    assert f"{s.clip} {s.alpha} {s.beta2} {s.seed} {s.warmup}" == "3.0 0.75 0.999 3 1"
-    own = [f"{t.width} {t.clip} {t.tied} {t.alpha} {t.objective} {t.teachers} {t.seed} {t.dev}"
+    s, teachers = c.read_settings(child, NO_FLAGS | {"seed": 3, "teacher_steps": 9}, [])
+    assert f"{s.clip} {s.alpha} {s.beta2} {s.seed} {s.steps}" == "3.0 0.75 0.999 3 6"
+    own = [f"{t.width} {t.clip} {t.tied} {t.alpha} {t.objective} {t.teachers} {t.steps} {t.dev}"
            for t in teachers]
-    assert own == [f"{first} 0.5 ce 0 3 {here}/mine" for first in ("48 0.5 False", "64 3.0 True")]
+    assert own == [f"{first} 0.5 ce 0 9 {here}/mine" for first in ("48 0.5 False", "64 3.0 True")]
     assert [table["width"] for table in c.read_config(child)[1]] == [48, 64, 16]
     base.write_text('base = "s/x"')
     with raises(click.ClickException, match="recursion"):
@@ -1905,12 +1909,6 @@ def test_a_download_that_cannot_be_is_one_sentence(site):
     for way, reason in {"missing": "404: Not Found", "loop": "infinite loop", "babble": "SSH-2.0",
                         "silent": "timed out", closed: "refused"}.items():
         assert re.search(wanted.format(reason), site.run(way, code=1)), way
-
-def test_a_full_disk_keeps_what_was_downloaded(site):
-    with room_for(100_000):
-        assert "File too large" in site.run(code=1)
-    site.run()
-    assert site.asked == [0, 100_000]
 
 def test_a_hostile_archive_is_one_sentence(site, monkeypatch):
     monkeypatch.setattr(load, "ROOM", 30_000)
