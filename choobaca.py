@@ -714,23 +714,25 @@ class Coach:
 
 # 6. Schedules and one step ---------------------------------------------------
 #
-# step -> learning rate, epoch -> beta: pure functions, no scheduler with a state
+# step -> learning rate and beta: pure functions, no scheduler with a state
 
 def lr_at(step, steps, settings):
     """Return the learning rate of a step, of `steps` in all. <- differs (5): the paper's cosine has
     T_max = 500; in steps, that means up and down again every 1,000 steps."""
-    # 1) warmup: a line from 0 that would reach the peak at step `warmup`
-    if step < settings.warmup:
+    if step < settings.warmup:                                  # a line from 0 up to the peak
         return settings.lr * (step + 1) / (settings.warmup + 1)
-    # 2) a cosine from the peak, which would reach 0 at step `steps`
-    half = settings.t_max or max(1, steps - settings.warmup)
+    half = settings.t_max or max(1, steps - settings.warmup)    # then a cosine down to 0
     done = (step - settings.warmup) / half
     return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
 
-def beta_at(epoch, epochs, settings):
-    """Return the teacher's share of the mixed logits in an epoch, counted from 0 (Eq. 3)."""
-    lowered = max(min(0.1, settings.beta), settings.beta * (1 - epoch / epochs))     # floor: 0.1
-    return lowered if settings.progressive else settings.beta
+def beta_at(step, steps, per_epoch, settings):
+    """Return the teacher's share of the mixed logits, on its way from beta to beta_end (Eq. 3)."""
+    if settings.beta_end < 0:
+        return settings.beta
+    length = per_epoch if settings.beta_by == "epoch" else math.ceil(steps / 100)
+    done = (step // length) / math.ceil(steps / length)         # epochs count from 0
+    moved = (1 - done) * settings.beta + done * settings.beta_end
+    return max(0.1, moved)
 
 def make_optimizer(model, settings):
     """Make AdamW over all parameters, with weight decay for the matrices alone."""
@@ -753,7 +755,6 @@ def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype, 
         dist.all_reduce(tokens)
     losses = inputs.new_zeros(3, dtype=torch.float64)
     optimizer.zero_grad()
-    # forward and backward, a micro-batch at a time
     for ids, target in zip(inputs.split(rows), targets.split(rows)):
         teacher_hidden = coach.hidden(ids).flatten(0, 1) if coach else None         # (N, C')
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
@@ -770,7 +771,6 @@ def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype, 
         dist.all_reduce(flat)
         dist.all_reduce(losses)
         nn.utils.vector_to_parameters(flat, gradients)
-    # clipping, AdamW
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf)
     scaler.step(optimizer)
@@ -1036,7 +1036,8 @@ class Settings:
     temperature: float = setting(2.0, "tau, which divides logits (Eqs. 6, 7).", low=0.5, high=1000)
     alpha: float = setting(0.5, "Weight of cross-entropy; the rest is divergence (Eq. 9).", high=1)
     beta: float = setting(1.0, "Teacher's share of the mixed logits (Eq. 2); 1: no mixing.", high=1)
-    progressive: bool = setting(False, "Lower beta from epoch to epoch (Eq. 3).")
+    beta_end: float = setting(-1.0, "What beta moves to; -1: it does not.", low=-1, high=1)
+    beta_by: str = setting("epoch", "When: each epoch, or by hundredths.", ("epoch", "step"))
     reduction: str = setting("token", "Divergence: mean, or sum of a row.", ("token", "batchmean"))
     fkl_weight: float = setting(0.5, "Share of forward KL in fkl+rkl.", high=1)
     mu: float = setting(0.5, "Teacher's mass in the likely tokens of akl and akl-r.", high=1)
@@ -1526,8 +1527,8 @@ def describe_loss(settings):
     ce, weight = loss_weights(settings)
     tau = settings.temperature
     text = f"loss {ce:g} ce + {weight * tau**2:g} {settings.objective} at temperature {tau:g}"
-    if settings.beta < 1 or settings.progressive:
-        text += f", beta {settings.beta:g}{' falling' if settings.progressive else ''}"
+    if settings.beta < 1 or settings.beta_end >= 0:
+        text += f", beta {settings.beta:g}{f' to {settings.beta_end:g}' * (settings.beta_end >= 0)}"
     return text
 
 def describe_plan(run, corpus):
@@ -1714,7 +1715,7 @@ def fit(run, corpus, device, log, resume=False):
             # one step: a function of its number, the weights, the optimizer; nothing else
             last = step + 1 == steps
             lr = lr_at(step, steps, settings)
-            beta = beta_at(step // per_epoch, math.ceil(steps / per_epoch), settings)
+            beta = beta_at(step, steps, per_epoch, settings)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             batch = batch_at(step, corpus.train, settings)
@@ -1997,12 +1998,11 @@ def check_keys(table, allowed, source, folder):
     return values
 
 def read_config(path):
-    """Return the student's settings and each teacher's, from a TOML file."""
+    """Return the student's settings and each teacher's, of a TOML file over those of its base."""
     with reading(path):
         raw = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
         need(isinstance(raw.get("teacher", []), list), f"{path}: expected [[teacher]].")
         tables = [dict(table) for table in raw.pop("teacher", [])]
-        # what it leaves out is its base's, teachers one by one
         base = raw.pop("base", None)
         values, teachers = read_config(path.parent / base) if base else ({}, [])
     values |= check_keys(raw, KNOWN, f"{path}: ", path.parent)

@@ -1,6 +1,7 @@
 """Draw figures: a page that compares runs, and the toy experiment of the AKL paper.
 
     python data/figures.py report RUN [RUN ...]     settings, accuracies and curves on one HTML page
+    python data/figures.py held-out RUN [RUN ...]   how good and how sure runs are, mean over seeds
     python data/figures.py toy                      what each divergence makes of a small teacher
     python data/figures.py paper                    what follows from the paper's own Table 2
 
@@ -341,6 +342,113 @@ def report_command(folders: tuple[Path, ...], out: Path | None) -> None:
     with c.written_whole(out) as file:
         file.write(page.encode(errors="replace"))
     click.echo(out)
+
+
+# -----------------------------------------------------------------------------
+# Held-out text: what became of a student, beyond its loss
+
+FACTS = {                   # of each token, then their mean; "ece" is of all tokens at once
+    "loss": "cross-entropy, nats a token", "right": "share of tokens whose likeliest guess is right",
+    "entropy": "of the model's distribution, nats", "sure": "mean probability of its likeliest token",
+    "ece": "expected calibration error, 15 bins: the mean distance of `sure` from `right`",
+    "fkl": "KL(p, q) from the mean of its teachers, nats", "rkl": "KL(q, p), nats"}
+
+
+def expected_calibration_error(sure: Tensor, right: Tensor) -> float:
+    """Return the gap between how sure a model is and how often it is right (Guo et al. 2017).
+
+    Tokens are put into 15 bins by `sure` (n,). A bin's gap is that of its means, and weighs by the
+    bin's share of the tokens: |mean of right - mean of sure| n_bin / n, which is |sum of both| / n.
+    """
+    gaps = torch.zeros(15, dtype=torch.float64)
+    gaps.index_add_(0, (sure * 15).long().clamp(max=14), (right - sure).double())
+    return float(gaps.abs().sum()) / len(sure)
+
+
+@torch.no_grad()
+def held_out(model, coach, ids: np.ndarray, T: int) -> dict[str, float]:
+    """Return the FACTS of a model on held-out ids, in the rows of T tokens of its held-out loss."""
+    starts = np.arange(0, len(ids) - T, T)
+    c.need(len(starts), "the held-out text is shorter than a row: name some with --dev, in train.")
+    parts = []
+    for begin in range(0, len(starts), 16):
+        inputs, targets = c.windows(ids, starts[begin:begin + 16], T)
+        inputs = inputs.to(model.head.device)
+        hidden, targets = model.hidden(inputs).flatten(0, 1), targets.to(inputs.device).flatten()
+        from_teacher = coach.hidden(inputs).flatten(0, 1) if coach else None
+        for i in range(0, len(targets), 256):           # no array of all logits
+            rows = slice(i, i + 256)
+            log_q = (hidden[rows] @ model.head.T).log_softmax(-1)
+            top, guess = log_q.max(-1)
+            facts = [-log_q.gather(1, targets[rows, None])[:, 0], guess == targets[rows],
+                     -(log_q.exp() * log_q).sum(-1), top.exp()]
+            if coach:
+                log_p = (from_teacher[rows] @ coach.head.T).log_softmax(-1)
+                facts += [c.kl(log_p, log_q), c.kl(log_q, log_p)]
+            parts.append(torch.stack([fact.double() for fact in facts], 1))
+    tokens = torch.cat(parts).cpu()                                             # (tokens, 4 or 6)
+    names = [name for name in FACTS if name != "ece"]
+    found = dict(zip(names, tokens.mean(0).tolist()))
+    return found | {"ece": expected_calibration_error(tokens[:, 3], tokens[:, 1])}
+
+
+def run_facts(folder: Path, scores: str | None, device: str) -> dict[str, float]:
+    """Return a run's FACTS, its seed, and its accuracy by a file of scores, if there is one."""
+    record = c.read_json(folder / "run.json")
+    with c.reading(folder / "run.json"):
+        settings = record["settings"]
+        text = Path(settings["dev"] or settings["text"])
+        seed, T, prefix = settings["seed"], settings["context"], settings["prefix"]
+        teachers = [Path(teacher) for teacher in record["teachers"]]
+    model, vocabulary = c.load_model(folder, device)
+    ids = c.encode(vocabulary, c.read_text(text, r".*\.dev|dev\.txt"), prefix)
+    loaded = [c.load_model(teacher, device)[0] for teacher in teachers]
+    coach = c.Coach(loaded, V=vocabulary.size) if teachers else None
+    found = {"seed": seed, **held_out(model, coach, ids, T)}
+    if scores:
+        names, right = c.read_scores(folder / scores)
+        groups = c.group_by(range(len(names)), lambda i: names[i][:2]).values()
+        found["pairs"] = float(np.mean([right[group].mean() for group in groups]))
+    return found
+
+
+@cli.command("held-out")
+@click.argument("folders", metavar="RUN [RUN ...]", type=c.location, nargs=-1, required=True)
+@c.device_option
+@c.json_option
+def held_out_command(folders: tuple[Path, ...], device: str, as_json: bool) -> None:
+    """Say how good and how sure runs are on held-out text, and on the minimal pairs scored for all.
+
+    Runs whose names differ in the number at their end, such as seed0 and seed1, are one row: means
+    and standard deviations over the seeds. The last column is the difference in pairs from the
+    first row, seed by seed, with Student's t's 95 % interval over the seeds.
+
+    \b
+    Example: python data/figures.py held-out runs/tiny-ce-0-seed? runs/tiny-rkl-1-seed?"""
+    groups = c.group_by(folders, lambda folder: re.sub(r"-?[a-z]*\d+$", "", folder.resolve().name))
+    kept = [{path.name for path in folder.glob("blimp-*.jsonl")} for folder in folders]
+    scores = c.common_scores(list(folders), "blimp") if set.intersection(*kept) else None
+    device, found = c.choose_device(device), {}
+    for name, members in groups.items():
+        found[name] = [run_facts(folder, scores, device) for folder in members]
+    if as_json:
+        return click.echo(json.dumps(found, indent=2))
+    first = {facts["seed"]: facts.get("pairs") for facts in next(iter(found.values()))}
+    columns = [*FACTS, "pairs"]
+    click.echo(f"{'':<20} {'n':>2}" + "".join(f"{name:>16}" for name in columns) + "   against first")
+    for name, runs in found.items():
+        cells = []
+        for key in columns:
+            values = [facts[key] for facts in runs if key in facts]
+            spread = f" ± {np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+            cells.append(f"{np.mean(values):.4f}{spread}" if values else "none")
+        gaps = [np.array([facts["pairs"] - first[facts["seed"]]]) for facts in runs
+                if scores and facts["seed"] in first]
+        low, high = c.confidence_interval(gaps) if len(gaps) > 2 else (math.nan, math.nan)
+        against = f"{np.mean(gaps):+.2%} ({low:+.2%} to {high:+.2%})" if len(gaps) > 2 else "unknown"
+        click.echo(f"{name:<20} {len(runs):>2}" + "".join(f"{cell:>16}" for cell in cells)
+                   + f"   {against}")
+    click.echo("\n" + "\n".join(f"{name:<8} {what}" for name, what in FACTS.items()))
 
 
 # -----------------------------------------------------------------------------
