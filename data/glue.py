@@ -29,8 +29,7 @@ ROW = ("{task:<8}{metric:>9} {figure:6.1%}, seeds ± {spread}, majority {majorit
        "{accuracy:6.1%} ± {stderr:5.1%}, {train:,} train, {valid:,} valid")
 
 def read_items(path, task, tokenizer):
-    """Return the ids of each item in a file, special tokens added, and the labels (n,).
-    Where it is too long, the longer text loses its right end: the tokenizer's "longest_first"."""
+    """Return the ids of each item in a file, special tokens added, and the labels (n,)."""
     keys = re.findall(r"\{(\w+)\}", "".join(TEXTS[task]))
     classes = 3 if task == "mnli" else 2
     rows, labels = [], []
@@ -56,11 +55,9 @@ def figure(task, labels, guesses):
     return np.mean(labels == guesses)
 
 def class_logits(model, head, rows):
-    """Return what the head makes of the last token's hidden state in each row: (B, classes).
-    Sixteen rows of similar length go through the model together: of a whole batch, drawn at random,
-    half would be padding. It follows a row's end, where a causal model does not look: no mask."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    states = []
+    """Return what the head makes of the last token's hidden state in each row: (B, classes)."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))        # alike ones: less padding,
+    states = []                                         # which no row's last token sees: no mask
     model.train(torch.is_grad_enabled())                                # dropout, if we train
     for start in range(0, len(rows), 16):
         part = [torch.tensor(rows[i]) for i in order[start:start + 16]]
@@ -69,14 +66,6 @@ def class_logits(model, head, rows):
     logits = head(torch.cat(states))[np.argsort(order)]                 # in the rows' order again
     c.need(logits.isfinite().all(), "the logits are not finite: take a lower --lr.")
     return logits
-
-def train_step(model, head, optimizer, rows, labels):
-    """Take a step on the mean cross-entropy of a batch: B rows of ids, labels (B,)."""
-    logits = class_logits(model, head, rows)
-    torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels).to(logits.device)).backward()
-    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
 
 def fine_tune(model, task, rows, labels, valid, seed, how):
     """Train all weights as transformers' Trainer does by default. Return best epoch and guesses."""
@@ -92,7 +81,12 @@ def fine_tune(model, task, rows, labels, valid, seed, how):
             order = np.random.default_rng([seed, epoch]).permutation(len(rows))
             for batch in np.array_split(order, starts):
                 optimizer.param_groups[0]["lr"] = rates.pop(0)
-                train_step(model, head, optimizer, [rows[i] for i in batch], labels[batch])
+                logits = class_logits(model, head, [rows[i] for i in batch])
+                targets = torch.from_numpy(labels[batch]).to(logits.device)
+                torch.nn.functional.cross_entropy(logits, targets).backward()
+                torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
                 bar.update()
             with torch.no_grad():                       # the best guesses are kept, not the weights
                 guesses.append({name: class_logits(model, head, items).argmax(-1).cpu().numpy()
@@ -104,8 +98,7 @@ def fine_tune(model, task, rows, labels, valid, seed, how):
     return best + 1, guesses[best]
 
 def evaluate(folder, model, tokenizer, task, paths, how):
-    """Train on the first of a task's files. Return a row of the table for each of the others.
-    All guesses are kept in the model's folder, as read_scores wants them, and used if unchanged."""
+    """Train on a task's first file. Return the table's row of each other, kept in the folder."""
     contents = [json.dumps(how, sort_keys=True).encode(), *(path.read_bytes() for path in paths)]
     kept = folder / f"glue-{task}-{c.digest(*contents)[:8]}.jsonl"
     weights = c.weights_digests(folder)
@@ -161,10 +154,17 @@ def cli(folder, data, tasks, device, as_json, **how):
         if paths[0].exists() and paths[1].exists():
             rows += evaluate(folder, model, tokenizer, task, paths[:2 + paths[2].exists()], how)
     c.need(rows, f"{data} has no TASK.train.jsonl with its TASK.valid.jsonl: see --help.")
-    mean = np.mean([row["figure"] for row in rows])
+    means = {"glue": np.mean([row["figure"] for row in rows])}
     missing = ", ".join(sorted(TEXTS.keys() - {row["task"] for row in rows})) or "none"
-    lines = [*(ROW.format(**row) for row in rows), f"mean {mean:.1%}, missing tasks: {missing}"]
-    echo(json.dumps({"rows": rows, "missing": missing}) if as_json else "\n".join(lines))
+    for suite in c.SUITES:
+        for path in sorted(folder.glob(f"{suite}-*"), key=lambda path: path.stat().st_size):
+            names, right = c.read_scores(path)                          # of the longest file
+            means[suite] = c.compare_scores(names, right, right)[-1]["first"]
+    means |= {"all four": np.mean([*means.values()])} if len(means) == 4 else {}    # its Table 3
+    lines = [f"mean of {name} {mean:.1%}" for name, mean in means.items()]
+    lines = [*(ROW.format(**row) for row in rows), f"missing tasks: {missing}", *lines]
+    found = {"rows": rows, "missing": missing, "means": means}
+    echo(json.dumps(found) if as_json else "\n".join(lines))
 
 if __name__ == "__main__":
     cli()
