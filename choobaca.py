@@ -616,7 +616,7 @@ def compiled(function):
 def chunk_to_gradient_(settings, beta, u, v, targets):
     """Do as logits_to_gradient_, by blocks that stay in a core's cache; on a GPU, compiled."""
     closed = v is None or settings.objective in CLOSED_FORMS
-    if closed and u.is_cuda and settings.compile:
+    if closed and u.is_cuda and settings.compile and settings.beta_by == "epoch":
         return compiled(logits_to_gradient_)(settings, beta, u, v, targets)
     width = u.shape[1] if closed else 2 * u.shape[1]                    # by_autograd has float64
     block = max(1, BLOCK * torch.get_num_threads() // width)
@@ -729,7 +729,7 @@ def beta_at(step, steps, per_epoch, settings):
     """Return the teacher's share of the mixed logits, on its way from beta to beta_end (Eq. 3)."""
     if settings.beta_end < 0:
         return settings.beta
-    length = per_epoch if settings.beta_by == "epoch" else math.ceil(steps / 100)
+    length = per_epoch if settings.beta_by == "epoch" else 1
     done = (step // length) / math.ceil(steps / length)         # epochs count from 0
     moved = (1 - done) * settings.beta + done * settings.beta_end
     return max(0.1, moved)
@@ -1037,7 +1037,7 @@ class Settings:
     alpha: float = setting(0.5, "Weight of cross-entropy; the rest is divergence (Eq. 9).", high=1)
     beta: float = setting(1.0, "Teacher's share of the mixed logits (Eq. 2); 1: no mixing.", high=1)
     beta_end: float = setting(-1.0, "What beta moves to; -1: it does not.", low=-1, high=1)
-    beta_by: str = setting("epoch", "When: each epoch, or by hundredths.", ("epoch", "step"))
+    beta_by: str = setting("epoch", "When it does (Eq. 3: each epoch).", ("epoch", "step"))
     reduction: str = setting("token", "Divergence: mean, or sum of a row.", ("token", "batchmean"))
     fkl_weight: float = setting(0.5, "Share of forward KL in fkl+rkl.", high=1)
     mu: float = setting(0.5, "Teacher's mass in the likely tokens of akl and akl-r.", high=1)
