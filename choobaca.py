@@ -20,7 +20,7 @@ needs no reading: 8 files and settings, 9 the corpus, 10 GPT-2, 11 run folders, 
 13 sampling, 14 tables, 15 the command line. Docstrings give tensors' shapes, in these letters:
 
     B batch   T time   N = B * T tokens   C width (C' teacher)   H heads   D = C / H   V vocabulary
-    n rows of a chunk: the part of the N tokens that is worked on together
+    n rows of a chunk, or a block of it   S keys a query may see   head (V, C): the output matrix
 
 The paper's temperature is called tau, since T is time. Where we differ from the paper or from
 BabyLlama, whose code it builds on, the place is marked with its number in this list:
@@ -84,10 +84,10 @@ def setting(default, help, choices=(), low=0, high=2**31 - 1, path=False):
 # 1. The idea -----------------------------------------------------------------
 #
 # A language model gives each next token a probability. The text says only which token came: "dog",
-# so 1 for dog and 0 for the others. A teacher says more: dog .50, cat .40, car .09, of .01. That
-# cat is nearly as good as dog, and "of" next to impossible, is in the teacher's numbers and not in
-# the text. Distillation trains the student on those numbers. It remains to choose how we measure
-# the distance between two lists of probabilities, the teacher's p and the student's q:
+# so 1 for dog and 0 for the others. A teacher says more: dog .50, cat .40, car .09, of .01. "Cat"
+# is nearly as good as "dog", "of" next to impossible: the text does not say that, the teacher does.
+# Distillation trains the student on the teacher's numbers. It remains to choose how we measure the
+# distance between two lists of probabilities, the teacher's p and the student's q:
 #
 #     forward KL  sum p log(p / q)   weighs by the teacher: do not miss what the teacher says
 #     reverse KL  sum q log(q / p)   weighs by the student: do not say what the teacher does not
@@ -107,8 +107,7 @@ def plain_loss(z, w, targets, tau, alpha):
     z, w (N, V) are the student's and the teacher's logits, targets (N,) the tokens that came. It
     asks for the token that came, and for agreement with the teacher on every token.
 
-    It is also what we cannot afford: z, w, log_q, log_p, their exps, products and gradients are
-    (N, V) each. FusedLoss in section 5 is this function without them."""
+    We cannot afford it: up to 8 arrays (N, V) at once. FusedLoss in section 5 does without them."""
     ce = F.cross_entropy(z, targets, reduction="sum")           # the text: one right answer
     log_q = F.log_softmax(z / tau, -1)                          # what the student expects
     log_p = F.log_softmax(w / tau, -1)                          # what the teacher expects
@@ -143,7 +142,7 @@ class Vocabulary(NamedTuple):
 
     @property
     def size(self):
-        """V: one more than the largest id of the model's own tokens, added words, the prefix."""
+        """V: one more than the largest id of the BPE's own tokens, added words, the prefix."""
         ids = [*self.tokenizer.get_vocab(with_added_tokens=False).values(), self.prefix_id]
         added = self.tokenizer.get_added_tokens_decoder()
         return max(ids + [i for i, token in added.items() if not token.special]) + 1
@@ -195,7 +194,7 @@ def encode(vocabulary, lines, prefix):
     return np.concatenate(pieces)
 
 def count_rows(tokens, settings):
-    """Count the rows of an epoch: each needs T ids, and the last one T + 1."""
+    """Count the rows of an epoch: T ids each, and one more for the last target."""
     spare = settings.context - 1 if settings.random_offset else 0       # a row may be shifted
     return max(0, tokens - 1 - spare) // settings.context
 
@@ -209,7 +208,7 @@ def row_starts(rows, settings, epoch):
 def windows(ids, starts, T):
     """Cut inputs and targets, (rows, T) int64 each, out of the ids.
     For ids 0, 1, 2, ..., T = 4 and a start of 8: inputs 8 9 10 11, targets 9 10 11 12. An id i that
-    is read but not predicted, as in a prompt, is stored as ~i = -1 - i < 0: its target is -1."""
+    is only read, as a prompt's is (data/instruct.py), is stored as ~i = -1 - i: target -1."""
     rows = ids[starts[:, None] + np.arange(T + 1)]                      # (rows, T + 1)
     rows = torch.from_numpy(rows.astype(np.int64))
     return torch.where(rows < 0, ~rows, rows)[:, :-1], rows[:, 1:].clamp(min=-1)
@@ -233,7 +232,7 @@ def batch_at(step, ids, settings):
 class Tree(NamedTuple):
     """Positions and mask of rows that are not one text from the left: tries (7), padding."""
     depth: Tensor                   # (B, T), the position of each id in its own text
-    sees: Tensor                    # (B, 1, T, S), True where an id (row) may look at another
+    sees: Tensor                    # (B, 1, T, S), True where an id of T may look at one of S
 
 def plain_attention(q, k, v, sees):
     """Let queries q (B, H, T, D) look at keys and values k, v (B, H, S, D): -> (B, H, T, D).
@@ -241,12 +240,12 @@ def plain_attention(q, k, v, sees):
     can do it without keeping the (T, S) table: the trick that section 5 plays on the logits."""
     scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])   # how well key s answers query t
     scores = scores.masked_fill(~sees, -math.inf)               # no looking ahead
-    return scores.softmax(-1) @ v                               # a mean of values, so weighted
+    return scores.softmax(-1) @ v                               # the mean of v by these weights
 
 def rotary_angles(positions, D, theta):
     """Return cosine and sine of the angle of each position in D/2 planes: two (..., 1, T, D/2)."""
-    plane = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32)         # (D/2,)
-    speed = theta ** -(plane / D)
+    even = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32)         # (D/2,)
+    speed = theta ** -(even / D)
     angle = positions[..., None, :, None] * speed               # the same for all heads
     return angle.cos(), angle.sin()
 
@@ -286,7 +285,7 @@ class LlamaAttention(nn.Module):
 
     def forward(self, x, cos, sin, past, mask):
         q = rotate(split_heads(self.q_proj(x), self.heads), cos, sin)               # what t asks
-        k = rotate(split_heads(self.k_proj(x), self.kv_heads), cos, sin)            # what it offers
+        k = rotate(split_heads(self.k_proj(x), self.kv_heads), cos, sin)            # what s offers
         k, v = extend_cache(past, k, split_heads(self.v_proj(x), self.kv_heads))
         grouped = self.kv_heads != self.heads                           # query heads share keys
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
@@ -338,8 +337,8 @@ class Llama(nn.Module):
         return (self.lm_head or self.embed_tokens).weight
 
     def hidden(self, ids, cache=None, tree=None):
-        """(B, T) -> (B, T, C). `tree` replaces left-to-right positions and the causal mask; with
-        one, `cache` (a list per layer) continues earlier calls."""
+        """(B, T) -> (B, T, C). `tree` replaces left-to-right positions and the causal mask; only
+        with it may `cache` (a list per layer) continue earlier calls."""
         positions = tree.depth if tree else torch.arange(ids.shape[1], device=ids.device)
         D = self.config.width // self.config.heads
         angles = rotary_angles(positions, D, self.config.rope_theta)
@@ -363,8 +362,8 @@ class Llama(nn.Module):
 #
 #     df/du_j = sum_i k_i dq_i/du_j = sum_i k_i q_i ([i = j] - q_j) = q_j (k_j - sum_i q_i k_i)
 #
-# In words: a token's k minus the q-weighted mean of k, times its q, how likely the student finds
-# it. So a constant added to k changes nothing. [i = j] is 1 where i is j, else 0.
+# In words: a token's k minus the q-weighted mean of k, times q, the student's probability of that
+# token. So a constant added to k changes nothing. [i = j] is 1 where i is j, else 0.
 #
 #     reverse KL   f = sum q (log q - log p)   k = r + 1    gradient q (r - KL)
 #     forward KL   f = sum p (log p - log q)   k = -p / q   gradient q - p, since sum q k = -1
@@ -375,11 +374,11 @@ class Llama(nn.Module):
 #     teacher p                      .500    .400    .090    .010
 #     student q                      .880    .010    .010    .100
 #     r = log q - log p              .565  -3.689  -2.197   2.303
-#     forward KL 1.368, q - p        .380   -.390   -.080    .090    first of all: raise "cat"
-#     reverse KL  .669, q (r - KL)  -.091   -.044   -.029    .163    first of all: lower "of"
+#     forward KL 1.368, q - p        .380   -.390   -.080    .090    first: raise "cat", lower "dog"
+#     reverse KL  .669, q (r - KL)  -.091   -.044   -.029    .163    first: lower "of"
 #
 # Forward KL repairs what the student misses, reverse KL what it invents. ("dog" is too likely, but
-# its r is below the KL, so it even rises.) Mode-covering and mode-seeking, in numbers.
+# its r is below the KL, so it even rises.) In the end both reach q = p, if the student can.
 
 def kl(log_a, log_b):
     """KL(a || b) = sum a log(a / b) of each row: (n, V), (n, V) -> (n,)"""
@@ -392,11 +391,11 @@ def mixture(log_a, log_b, share):
 def likely_share(q, p, mu):
     """Return the share of sum |p - q| that falls on the teacher's likely tokens: (n, 1).
 
-    The likely tokens are the fewest whose p sums to mu, as in top-p sampling, and at least one;
-    what ties with the last of them is likely as well. The AKL paper calls them its "head" (Eqs. 12
-    to 14); its released code counts the token that crosses mu as unlikely."""
+    The likely tokens are the fewest whose p sums to at least mu, as in top-p sampling; what ties
+    with the last of them is likely as well. The AKL paper calls them its "head" (Eqs. 11 to 14);
+    its released code counts the token that crosses mu as unlikely."""
     # Sort each row, rising. Tokens under (1 - mu) / V sum to less than 1 - mu, so none is likely:
-    # they are raised to it, and need no sorting. NumPy sorts 10 times as fast as torch on a CPU.
+    # raise them to it, as equal ones sort fast. NumPy sorts 10 times as fast as torch on a CPU.
     V = p.shape[1]
     rising = p.clamp(min=(1 - mu) / V)
     if p.is_cuda:
@@ -404,7 +403,7 @@ def likely_share(q, p, mu):
     else:
         rising.numpy().sort(-1)                 # in place: it is the tensor's own memory
     mass = rising.cumsum(-1)
-    unlikely = torch.searchsorted(mass, mass[:, -1:] - mu, right=True)  # how many fit in 1 - mu
+    unlikely = torch.searchsorted(mass, mass[:, -1:] - mu, right=True)  # how many of the least fit
     least = rising.gather(1, unlikely.clamp_(max=V - 1))                # p of the last likely one
 
     gap = (p - q).abs()
@@ -421,7 +420,7 @@ def adaptive(log_q, log_p, _, mu, swapped=False):
     """Weigh forward KL by likely_share, held constant (AKL paper, Eq. 15; swapped, Eq. 16)."""
     q = log_q.detach().exp()
     p = log_p.detach().exp()
-    share = likely_share(q, p, mu)[:, 0]        # large where they differ on likely tokens
+    share = likely_share(q, p, mu)[:, 0]        # forward KL moves likely tokens most
     return both_ways(log_q, log_p, _, 1 - share if swapped else share)
 
 def jensen_shannon(log_q, log_p, _, share):
@@ -431,7 +430,7 @@ def jensen_shannon(log_q, log_p, _, share):
     return share * kl(log_p, m) + (1 - share) * kl(log_q, m)
 
 def target_apart(log_q, log_p, targets, gamma):
-    """Reverse KL of target against rest, plus gamma times that within the rest (see README).
+    """Reverse KL of target against rest, plus gamma times that within the rest.
     In plain reverse KL gamma is 1 - q_target: a sure student learns nothing about the rest."""
     def split(log_x):
         rest = log_x.scatter(1, targets, -1e9)                          # the target has no part
@@ -469,7 +468,7 @@ def by_autograd(definition, u, v, targets, constant):
 # Now the fast way: four of them with their gradients written out, in place and in fp32.
 
 def to_probabilities(u, v):
-    """Return q, p and r, all (n, V). v is overwritten, and u's rows have 0 as maximum.
+    """Return q, p and r, all (n, V). v is overwritten; u's rows must have 0 as maximum.
     u - v is cut at 87, as exp(-87) is near fp32's least normal number: a token that the teacher
     rules out costs reverse KL much, not infinitely much."""
     v.sub_(v.amax(-1, True))                    # both now have 0 as maximum
@@ -493,7 +492,7 @@ def softmax_backward_(q, k):
 
 # A closed form may overwrite q, p and r. In fp32 the rows of q and p do not sum to 1 exactly, and a
 # KL is off by as much. So we compute the generalised KL(a || b) = sum a log(a / b) - sum a + sum b,
-# whose last two terms cancel but for that error: all that the sums of q - p below are for.
+# whose last two terms cancel but for that error: they are the sums of q - p and p - q below.
 
 def forward_kl(q, p, r, _):
     """KL(p || q) = sum p (log p - log q), with gradient q - p (AKL paper, Eq. 5)."""
@@ -503,12 +502,12 @@ def forward_kl(q, p, r, _):
 
 def reverse_kl(q, p, r, _):
     """KL(q || p) = sum q r, with gradient q (r - KL) (AKL paper, Eq. 6). MiniLLM's and the paper's
-    "single-step decomposition", E_q[r grad log q], is the same gradient."""
+    "single-step decomposition", E_q[r grad log q], is the same gradient on given text."""
     value, gradient = softmax_backward_(q, r)
     return value + p.sub_(q).sum(-1, True), gradient
 
 def forward_and_reverse_kl(q, p, r, weight):
-    """weight FKL + (1 - weight) RKL (AKL paper, section 4); weight is a number or (n, 1)."""
+    """weight FKL + (1 - weight) RKL (AKL paper, appendix C); weight is a number or (n, 1)."""
     forward = -(p * r).sum(-1, True)
     reverse, gradient = softmax_backward_(q, r)
     slope = torch.sub(q, p, out=p)                      # forward KL's gradient
@@ -528,13 +527,13 @@ CLOSED_FORMS = {"fkl": forward_kl, "rkl": reverse_kl, "fkl+rkl": forward_and_rev
 # student hidden (N, C), head (V, C), teacher hidden (N, C'), head (V, C'), targets (N,)
 #   ->  loss, cross-entropy and tau^2 divergence, summed over the N tokens
 #
-# Each chunk of rows is finished in one go, in the forward pass: its logits and the teacher's are
-# made, turned into the gradient, multiplied back, and forgotten. backward only scales the results.
+# Each chunk of rows is finished in the forward pass: its logits and the teacher's are made, turned
+# into the gradient, multiplied back, forgotten. The loss comes last, so backward only scales them.
 #
-#   hidden (N, C)         head (V, C)       plain_loss, 4,096 x 16,000: 8 arrays of 262 MB
+#   hidden (N, C)         head (V, C)       plain_loss, 4,096 x 16,000: 8 arrays of 262 MB at once
 #      | n rows              |              FusedLoss, 14 chunks, n = 293: 2 to 4 of 19 MB
 #      v                     v
-#   h (n, C) --- @ head.T ---> u (n, V) --- with the teacher's v, and targets ---> d_z, same memory
+#   h (n, C) - @ head.T / tau -> u (n, V) - with the teacher's v, and targets ---> d_z, same memory
 #                                                                                   |           |
 #          d_hidden's n rows (n, C) <--- @ head ------------------------------------+           |
 #          d_head (V, C) += .T @ h <------------------------------------------------------------+
@@ -564,13 +563,13 @@ def gradient_of_logits(z, w, targets, tau, alpha):
 def divergence_(settings, beta, u, v, targets):
     """Return the objective's divergence (n, 1) and its gradient with respect to u (n, V).
 
-    u's rows have 0 as maximum; v is overwritten. The student's part of the mixture is held constant
+    u's rows must have maximum 0; v is overwritten. The student's part of the mixture is constant
     <- differs (4): r is beta (z - w) / tau + a constant, which drops out of r - KL. So under
     reverse KL the gradient is beta times the unmixed one: "mixing outputs" is a weight on the
     distillation, and Eq. 3 its schedule. The value shrinks by roughly beta^2: do not compare mixed
     runs' `kl` with unmixed ones'. Forward KL is not so simple."""
-    definition, name = DIVERGENCES[settings.objective]
-    constant = getattr(settings, name) if name else None
+    definition, constant_name = DIVERGENCES[settings.objective]
+    constant = getattr(settings, constant_name) if constant_name else None
     if beta < 1:
         v.mul_(beta).add_(u, alpha=1 - beta)                                        # Eq. 2
     if settings.objective not in CLOSED_FORMS:
@@ -586,9 +585,9 @@ def logits_to_gradient_(settings, beta, u, v, targets):
     ce_weight, kl_weight = loss_weights(settings)
     tau = 1.0 if v is None else settings.temperature
     exact = torch.promote_types(u.dtype, torch.float32)
-    logits = u.to(exact)                                # in fp32 u itself, in half a copy
+    logits = u.to(exact)                                # u itself in fp32, a copy in half
     top = logits.amax(-1, True)
-    logits.sub_(top)                                    # a softmax does not see its level
+    logits.sub_(top)                                    # a constant changes no softmax
     value = torch.zeros_like(top)
     gradient = value.expand_as(logits)                  # zeros, without memory
     if v is not None:
@@ -598,10 +597,10 @@ def logits_to_gradient_(settings, beta, u, v, targets):
     # Cross-entropy has no temperature: softmax(z) - onehot = (exp_z - total onehot) / total.
     exp_z = logits.mul_(tau).exp_()
     total = exp_z.sum(-1, True)
-    rest = exp_z.gather(1, targets) - total
-    at_target = torch.addcmul(gradient.gather(1, targets), rest, ce_weight / total)
+    minus_others = exp_z.gather(1, targets) - total
+    d_target = torch.addcmul(gradient.gather(1, targets), minus_others, ce_weight / total)
     torch.addcmul(gradient, exp_z, ce_weight / total, out=u)
-    u.scatter_(1, targets, at_target.to(u.dtype))
+    u.scatter_(1, targets, d_target.to(u.dtype))
     return torch.cat([top, total.log_(), value.to(exact)], 1)
 
 BLOCK = 2**17       # logits that a core turns into gradients at once: measured to stay in its cache
@@ -618,14 +617,14 @@ def chunk_to_gradient_(settings, beta, u, v, targets):
     closed = v is None or settings.objective in CLOSED_FORMS
     if closed and u.is_cuda and settings.compile and settings.beta_by == "epoch":
         return compiled(logits_to_gradient_)(settings, beta, u, v, targets)
-    width = u.shape[1] if closed else 2 * u.shape[1]                    # by_autograd has float64
-    block = max(1, BLOCK * torch.get_num_threads() // width)
-    sums = []
+    size = u.shape[1] if closed else 2 * u.shape[1]                     # by_autograd has float64
+    block = max(1, BLOCK * torch.get_num_threads() // size)
+    facts = []
     for i in range(0, len(u), block):
         part = slice(i, i + block)
         v_part = None if v is None else v[part]
-        sums.append(logits_to_gradient_(settings, beta, u[part], v_part, targets[part]))
-    return torch.cat(sums)
+        facts.append(logits_to_gradient_(settings, beta, u[part], v_part, targets[part]))
+    return torch.cat(facts)
 
 def logits_into(memory, hidden, head, tau):
     """Return hidden @ head.T / tau, (n, V), in memory that is used again and again."""
@@ -643,7 +642,7 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, head, targets, teacher_hidden, teacher_head, settings, beta):
         """Return sums over the N tokens: the loss, and (2,) cross-entropy and tau^2 divergence.
-        The teacher may be None where there is no divergence. A target below 0 is ignored. Matmuls
+        Without a divergence the teacher may be None. A target below 0 leaves its row out. Matmuls
         are in hidden's dtype, or autocast's; softmaxes and sums are in fp32 or better."""
         N, V, kind = len(hidden), len(head), hidden.device.type
         exact = torch.promote_types(hidden.dtype, torch.float32)
@@ -673,8 +672,8 @@ class FusedLoss(torch.autograd.Function):
                 v = logits_into(v_memory, teacher_hidden[rows].to(dtype), teacher_head, tau)
             # 2. Turn them into the gradient with respect to z. CE is log sum exp z - z_target.
             at_target = u.gather(1, target)
-            sums = chunk_to_gradient_(settings, beta, u, v, target)
-            top, log_total, value = sums.double().split(1, 1)
+            facts = chunk_to_gradient_(settings, beta, u, v, target)
+            top, log_total, value = facts.double().split(1, 1)
             ce = log_total + tau * (top - at_target)            # z is tau u
             parts += (torch.cat([ce, tau**2 * value], 1) * keep).sum(0)
             # 3. Multiply the gradient back into hidden states and head.
@@ -691,8 +690,8 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss, _):
-        """Multiply the gradients by d_loss, the caller's 1 / tokens (and fp16's scale). Applied
-        before the matmuls, 1 / tokens would round fp16 gradients to 0."""
+        """Multiply the gradients by d_loss, the caller's 1 / tokens (and fp16's scale).
+        Before the matmuls it would round fp16 gradients to 0."""
         gradients = [each * d_loss for each in ctx.saved_tensors]
         return *gradients, *[None] * 5
 
@@ -718,7 +717,7 @@ class Coach:
 
 def lr_at(step, steps, settings):
     """Return the learning rate of a step, of `steps` in all. <- differs (5): the paper's cosine has
-    T_max = 500; in steps, that means up and down again every 1,000 steps."""
+    T_max = 500; in steps, that means down and up again every 1,000 steps."""
     if step < settings.warmup:                                  # a line from 0 up to the peak
         return settings.lr * (step + 1) / (settings.warmup + 1)
     half = settings.t_max or max(1, steps - settings.warmup)    # then a cosine down to 0
@@ -782,14 +781,13 @@ def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype, 
 # two sentences that differ in one point of grammar: does the model find the good one likelier?
 #
 # The rule is that of the BabyLM 2024 pipeline and of lm-evaluation-harness. A text's score is the
-# sum of its tokens' log-probabilities, each given all before it, the prefix token included. A
+# sum of its tokens' log-probabilities, each given the prefix token and all before it. A
 # sentence has a leading space. A tie counts for the good sentence. A pair, by the tiny run:
 #
 #     The donkey with the pigs jumps.   -22.65 nats      right, by 1.85 nats,
 #     The donkey with the pigs jump.    -24.50 nats      though "pigs" is next to the verb
 
 class Pair(NamedTuple):
-    """One line of a file of minimal pairs."""
     good: tuple[str, str]           # what is given, and what is scored after it
     bad: tuple[str, str]
     paradigm: str
@@ -798,7 +796,7 @@ class Pair(NamedTuple):
     line: int
 
 def encode_pairs(vocabulary, pairs, positions, rule="2024"):
-    """Encode each distinct text of the pairs: its ids, and how many of them are given."""
+    """Encode each distinct text of the pairs: its ids, and how many of them are context."""
     # As in lm-evaluation-harness, both parts are one string, and spaces at the end of what is given
     # are scored. By the rule of 2026 special tokens are added, and the first token is not scored.
     places = {}
@@ -813,7 +811,7 @@ def encode_pairs(vocabulary, pairs, positions, rule="2024"):
     lines = {}
     for (text, place), (line, start) in zip(places.items(), encoded):
         ids, known = line.ids, len(start.ids)
-        if not text[0]:             # nothing is given but the prefix token, or 2026's first one
+        if not text[0]:             # no context but <s>, or 2026's first token
             known = 1
             ids = [vocabulary.prefix_id, *ids] if rule == "2024" else ids
         need(0 < known < len(ids), f"{place}: nothing is left of a text when it is encoded: "
@@ -828,17 +826,17 @@ class Trie:
 
     Nodes are in the order in which a sorted list of the texts reaches them, so the descendants of
     node i are the nodes i + 1, ..., end[i] - 1. A node sees itself and what is above it. The last
-    id of a text is only predicted, so it is no node. Three texts, "<s> A dog barked", "<s> A dog
-    ran" and "<s> A cat ran":
+    id of a text is only predicted, so it needs no node. Three texts, "<s> A cat ran", "<s> A dog
+    barked" and "<s> A dog ran":
 
-        node      0    1    2    3           sees   <s>  A   dog  cat
-        id       <s>   A   dog  cat          <s>     x   .    .    .
+        node      0    1    2    3           sees   <s>  A   cat  dog
+        id       <s>   A   cat  dog          <s>     x   .    .    .
         depth     0    1    2    2           A       x   x    .    .
-        end       4    4    3    4           dog     x   x    x    .
-                                             cat     x   x    .    x
+        end       4    4    3    4           cat     x   x    x    .
+                                             dog     x   x    .    x
 
     A text's score is the sum of its edges, each the log-probability of an id after a node: the
-    first scores (0, A) + (1, dog) + (2, barked), the second (0, A) + (1, dog) + (2, ran). Four ids
+    first scores (0, A) + (1, cat) + (2, ran), the second (0, A) + (1, dog) + (3, barked). Four ids
     go through the model in place of nine, and six edges are asked for in place of nine."""
 
     def __init__(self):
@@ -899,7 +897,7 @@ def score_tries(model, tries):
     """Return the log-probability of each edge of each trie; all go through at once, a row each."""
     device = model.head.device
     pad = nn.utils.rnn.pad_sequence
-    # Pad the rows. Row i sees column j if node i is node j, or one of its descendants.
+    # Pad the rows. Row i sees column j if node i is node j or a descendant of node j.
     ids, depth, end = (pad([torch.tensor(getattr(trie, name)) for trie in tries], True)
                        for name in ("ids", "depth", "end"))                             # (B, T)
     T = ids.shape[1]
@@ -1110,7 +1108,6 @@ def rank_and_size():
     return dist.get_rank(), dist.get_world_size()
 
 class Corpus(NamedTuple):
-    """All that is known of the text."""
     vocabulary: Vocabulary
     train: np.ndarray               # (tokens,)
     dev: np.ndarray                 # (tokens,), empty where no text is held out
@@ -1159,7 +1156,10 @@ def load_vocabulary(path):
     special = [i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]
     named = [tokenizer.id_to_token(i) for key in ("bos_token_id", "eos_token_id")
              for i in special if i == facts.get(key)]
-    tokens = (roles.get("bos_token"), roles.get("eos_token"), *named, "<|endoftext|>", "<s>")
+    kind = f"{roles.get('tokenizer_class')}{facts.get('tokenizer_class')}{facts.get('model_type')}"
+    missing = "<|endoftext|>" if re.match("(None)*gpt", kind, re.I) else None   # its own default
+    tokens = [roles.get(key, missing) for key in ("bos_token", "eos_token")]
+    tokens += [*named, "<|endoftext|>", "<s>"]
     with reading(path):
         limit = float(facts.get("vocab_size", "inf"))
         for token in tokens:
@@ -1317,7 +1317,7 @@ def from_hf_config(path):
     kind = raw.get("model_type")
     need(kind in list(HF_KEYS), f"{path}: model_type is {kind!r}: expected {' or '.join(HF_KEYS)}.")
     with reading(path):
-        rope = (raw.get("rope_parameters") or {}) | (raw.get("rope_scaling") or {})
+        rope = dict(raw.get("rope_scaling") or raw.get("rope_parameters") or {})
     need(all(rope.get(key) in (None, "default") for key in ("rope_type", "type")),
          f"{path}: rotary positions are scaled, by {rope}: expected plain ones.")
     raw = {key: value for key, value in (raw | rope).items() if value is not None}
@@ -2233,10 +2233,10 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
     if dry_run:
         return
     for run in todo:
-        taught = run is not runs[-1]                # a teacher always goes on where it was stopped
-        with locked_log(run.out, taught) as log:
-            if not run.finished or overwrite and not taught:
-                fit(run, corpus, device, log, resume or taught and not overwrite)
+        is_teacher = run is not runs[-1]            # it always goes on where it was stopped
+        with locked_log(run.out, is_teacher) as log:
+            if not run.finished or overwrite and not is_teacher:
+                fit(run, corpus, device, log, resume or is_teacher and not overwrite)
     if rank == 0:
         print_results(runs, todo, corpus, pairs, device)
 

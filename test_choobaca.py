@@ -721,7 +721,7 @@ def test_a_text_that_cannot_be_scored_names_its_place(vocabulary, bad, why):
 
 def test_the_trie_of_its_docstring():
     shown, trie, m = " ".join(c.Trie.__doc__.split()), c.Trie(), model()
-    words = "<s> A dog cat barked ran".split()
+    words = "<s> A cat dog barked ran".split()
     for text in re.findall('"(<s> .*?)"', shown):
         trie.add(text, [words.index(word) for word in text.split()], 1)
     m.hidden = Mock(return_value=torch.zeros(1, 4, 32))
@@ -872,6 +872,7 @@ def test_folders_edited_by_hand(tmp_path, vocabulary):
     for i, (name, changed, refusal) in enumerate((
             ("config", {"rope_theta": 9.0} | theta, ""), ("config", theta | scaled, "are scaled"),
             ("config", {"rope_theta": None} | theta, ""),
+            ("config", theta | {"rope_scaling": {"rope_type": "default"}, "rope_theta": 9.0}, ""),
             ("tokenizer_config", {"bos_token": "</s>"}, ""),
             ("special_tokens_map", {"bos_token": "</s>"}, ""),
             ("special_tokens_map", {"bos_token": None}, ""),
