@@ -948,7 +948,7 @@ def reading(path):
     except Exception as error:                      # a damaged file fails in a hundred ways
         if getattr(error, "filename", None):
             raise                                   # it cannot be opened at all
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split()).split(". ")[0][:200]
         raise ClickException(f"{path} is damaged: {reason or 'it ends too early'}: "
                              "correct it, or remove it.")
 
@@ -1563,13 +1563,11 @@ def write_card(run, corpus, found):
 def signals_kept():
     """Collect Ctrl-C and SIGTERM in a list, so that a run can stop after its step."""
     received = []
-    before = {number: signal.signal(number, lambda number, _: received.append(number))
-              for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before = signal.signal(number, lambda number, _: received.append(number))
+            stack.callback(signal.signal, number, before)
         yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 def stop_signal(received, device):
     """Return the signal that this process, or another one of its run, has got; else 0."""
@@ -1612,7 +1610,9 @@ def begin_run(run, record, steps, log, resume, parts):
              f"{state} is damaged: it is of step {progress['step']} of {steps}.")
     if rank_and_size()[0]:
         return progress
-    log.truncate(min(progress["logged"], log.tell()))
+    need(log.tell() >= progress["logged"], f"{log.name} is shorter than at the last checkpoint: "
+         "put it back, or begin again with --overwrite.")
+    log.truncate(progress["logged"])
     for path in run.out.rglob(".choobaca-[0-9]*-*"):        # of a killed process
         path.unlink()
     if not progress["step"]:

@@ -1232,6 +1232,8 @@ def test_what_is_no_checkpoint_of_this_run_is_refused(here, monkeypatch):
     pickle.loads(harm)
     assert os.path.exists("done")                       # and this is what it would have done
     path.write_bytes(whole)
+    Path("x/log.jsonl").write_text("")
+    assert "log.jsonl is shorter than at" in untrained("x", again)
     machine = c.read_json(Path("x/run.json"))["machine"]
     edit(Path("x/run.json"), machine=machine | {"device": "H200"})
     assert "device has changed" in untrained("x", again)
