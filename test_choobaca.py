@@ -2320,7 +2320,7 @@ def test_only_responses_are_learnt_from(saved, vocabulary, monkeypatch):
     assert weights("part") == weights("whole")
     assert not c.read_json(Path("part/run.json"))["settings"]["random_offset"]
     refused(command + "x", {
-        "--dev t/a.train.jsonl": "no *.dev.jsonl", "--text model": "model holds no",
+        "--dev t/a.train.jsonl": "no *.dev.jsonl", "--context 3": "expected a longer --context",
         "--prefix none": "are for plain text"})
 
 # -----------------------------------------------------------------------------

@@ -90,6 +90,7 @@ def read_corpus(settings: c.Settings, _) -> c.Corpus:
     c.need(train, f"{settings.text} holds no *.jsonl: expected lines of prompts and responses.")
     c.need(dev or not settings.dev, f"{settings.dev} holds no *.dev.jsonl and no *.valid.jsonl.")
     ids = [encode_examples(vocabulary, examples, settings.context) for examples in (train, dev)]
+    c.need(len(ids[0]) > 1, f"no example in {settings.text} fits: expected a longer --context.")
     words = sum(len(text.split()) for example in train for text in example[:2])
     text = c.digest(json.dumps([train, dev if settings.keep == "best" else []]).encode())
     digests = {"text": text, "tokenizer": c.fingerprint(vocabulary)}
