@@ -28,7 +28,7 @@ BabyLlama, whose code it builds on, the place is marked with its number in this 
     (1) every line of text begins with <s>, and its first word with a space: scoring asks for both
     (2) all 256 bytes are in the vocabulary from the start, so no text is ever dropped
     (3) the divergence is a mean over tokens; BabyLlama's "batchmean" weighs it T times as much
-    (4) the student's logits get no gradient from where they are mixed into the teacher's (Eq. 2)
+    (4) the student's logits get no gradient where they are mixed into the teacher's (Eq. 2): see 5
     (5) the learning rate follows one cosine to the end, after a warmup
 """
 import sys
@@ -93,7 +93,7 @@ def setting(default, help, choices=(), low=0, high=2**31 - 1, path=False):
 #     reverse KL  sum q log(q / p)   weighs by the student: do not say what the teacher does not
 #
 # A student that is too small to copy the teacher has to give something up. Under forward KL it
-# covers all that the teacher finds likely, even if it must cover what is between as well. Under
+# covers all that the teacher finds likely, even if it must raise what is not. Under
 # reverse KL it keeps to a part (a "mode") that it can get right. The paper asks which is better.
 #
 # Temperature: we divide both models' logits by tau = 2 before the softmax. That flattens both
@@ -177,7 +177,7 @@ def encode(vocabulary, lines, prefix):
     <- differs (1): BabyLlama's is "none". It trains without <s> and without a space before a line's
     first word, but scores sentences after <s> and a space, which the model has never seen."""
     tokenizer = vocabulary.tokenizer
-    space, before, after = " ", [vocabulary.prefix_id], []
+    space, before, after = " ", [vocabulary.prefix_id], []          # for tokenizers that add none
     if prefix == "none":            # [-1:]: the line break without the space put before it
         space, before, after = "", [], tokenizer.encode("\n", add_special_tokens=False).ids[-1:]
         text = tokenizer.to_str().replace('"add_prefix_space":true', '"add_prefix_space":false')
@@ -702,8 +702,8 @@ class Coach:
 
     def __init__(self, teachers, dtype=None, V=None):
         with torch.no_grad():       # the first V rows: some vocabularies are padded behind them
-            heads = torch.cat([teacher.head[:V] for teacher in teachers], dim=1)        # (V, C')
-            self.head = heads / len(teachers)
+            joined = torch.cat([teacher.head[:V] for teacher in teachers], dim=1)       # (V, C')
+            self.head = joined / len(teachers)
         self.teachers = [teacher.to(dtype) for teacher in teachers]     # not trained
 
     @torch.no_grad()
