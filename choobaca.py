@@ -1034,7 +1034,7 @@ class Settings:
     temperature: float = setting(2.0, "tau, which divides logits (Eqs. 6, 7).", low=0.5, high=1000)
     alpha: float = setting(0.5, "Weight of cross-entropy; the rest is divergence (Eq. 9).", high=1)
     beta: float = setting(1.0, "Teacher's share of the mixed logits (Eq. 2); 1: no mixing.", high=1)
-    beta_end: float = setting(-1.0, "What beta moves to; -1: it does not.", low=-1, high=1)
+    beta_end: float = setting(-1.0, "What beta moves to (0.1 at least); -1: none.", low=-1, high=1)
     beta_by: str = setting("epoch", "When it does (Eq. 3: each epoch).", ("epoch", "step"))
     reduction: str = setting("token", "Divergence: mean, or sum of a row.", ("token", "batchmean"))
     fkl_weight: float = setting(0.5, "Share of forward KL in fkl+rkl.", high=1)
@@ -1157,7 +1157,7 @@ def load_vocabulary(path):
     named = [tokenizer.id_to_token(i) for key in ("bos_token_id", "eos_token_id")
              for i in special if i == facts.get(key)]
     kind = f"{roles.get('tokenizer_class')}{facts.get('tokenizer_class')}{facts.get('model_type')}"
-    missing = "<|endoftext|>" if re.match("(None)*gpt", kind, re.I) else None   # its own default
+    missing = "<|endoftext|>" if re.match("(None)*gpt", kind, re.I) else None   # the class's own
     tokens = [roles.get(key, missing) for key in ("bos_token", "eos_token")]
     tokens += [*named, "<|endoftext|>", "<s>"]
     with reading(path):
@@ -1518,7 +1518,7 @@ def need_same(run, record, resumed):
                 old, new = before[group].get(name), record[group][name]
             known = "" if group == "digests" else f" ({old})"
             need(old == new, f"{name.replace('_', '-')} has changed since {run.out} was begun"
-                 f"{known}: go back to that, or choose another --out.")
+                 f"{known}: go back to that, or choose an --out in another folder.")
 
 def describe_loss(settings):
     """Describe the loss as it is weighed in effect."""
@@ -1602,7 +1602,7 @@ def begin_run(run, record, steps, log, resume, parts):
     # `logged` is the log's length in bytes, `least` the least held-out loss.
     progress = {"step": 0, "seconds": 0.0, "logged": 0, "least": math.inf}
     state = run.out / "state.pt"
-    if resume and (run.out / "run.json").exists():
+    if resume and (state.exists() or [*run.out.glob("chck_*")]):
         need_same(run, record, resumed=True)
     if resume and state.exists():
         load_state(state, progress, parts)
@@ -1610,8 +1610,8 @@ def begin_run(run, record, steps, log, resume, parts):
              f"{state} is damaged: it is of step {progress['step']} of {steps}.")
     if rank_and_size()[0]:
         return progress
-    need(log.tell() >= progress["logged"], f"{log.name} is shorter than at the last checkpoint: "
-         "put it back, or begin again with --overwrite.")
+    need(os.path.getsize(log.name) >= progress["logged"], f"{log.name} is shorter than at the last "
+         "checkpoint: put it back, or begin again with --overwrite.")
     log.truncate(progress["logged"])
     for path in run.out.rglob(".choobaca-[0-9]*-*"):        # of a killed process
         path.unlink()
@@ -1627,7 +1627,7 @@ def begin_run(run, record, steps, log, resume, parts):
 def locked_log(folder, wait):
     """Open a run's log, and keep other processes from training there; a crash ends the lock."""
     folder.mkdir(parents=True, exist_ok=True)
-    rank = rank_and_size()[0]
+    rank, size = rank_and_size()
     path = Path(os.devnull) if rank else folder / "log.jsonl"       # rank 0 writes
     with open(path, "a") as log:
         try:
@@ -1635,7 +1635,7 @@ def locked_log(folder, wait):
                 import fcntl
                 fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            need(wait, f"{folder}: another process is training this run.")
+            need(wait and size == 1, f"{folder}: another process is training this run.")
             echo(f"{folder}: waiting, since another process is training it.", err=True)
             fcntl.flock(log, fcntl.LOCK_EX)
         yield log
@@ -1820,14 +1820,15 @@ def read_pair(line, path, number, rule="2024", names=None):
             item = json.loads(line)
         else:                                               # what is surplus has the name None
             rows = [row.decode("utf-8-sig") for row in (names, line)]
-            cells = csv.reader(rows) if path.suffix == ".csv" else (r.split("\t") for r in rows)
+            tabs = (row.split("\t") for row in rows)
+            cells = csv.reader(rows, strict=True) if path.suffix == ".csv" else tabs
             item = dict(itertools.zip_longest(*cells))
         keys = ("sentence_good", "sentence_bad")
         if "Target1" in item:
             keys = ("Target1", "Target2", "Context1", "Context2")
         good, bad, *contexts = texts = [item[key] for key in keys]
         need(all(text.strip() for text in texts) and None not in item, "no text, or too many")
-        paradigm = str(item.get("UID", item.get("Domain", path.stem)))
+        paradigm = str(item.get("UID") or item.get("Domain") or path.stem)
         term = str(item.get("linguistics_term", paradigm))
         "".join([*texts, paradigm, term]).encode()  # fails on what is no string, or half of one
     except Exception:                   # of a dozen kinds, and EWoK's text is not to be spread
@@ -1933,8 +1934,7 @@ def read_scores(path):
 
 def confidence_interval(differences):
     """Return a 95 % interval for the mean over paradigms of the mean difference within each."""
-    # Pairs of a paradigm are alike, so paradigms are what is drawn: Student's t over their means,
-    # whose spread contains that of the pairs. Of one or two, only the pairs are taken to vary.
+    # Pairs of a paradigm are alike: Student's t over paradigms' means; of one or two, over pairs.
     means = np.array([difference.mean() for difference in differences])
     sample = means if len(means) > 2 else np.concatenate(differences)
     n = len(sample)
@@ -2208,7 +2208,7 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
          f"{out} already holds files that are no run: choose another --out.")
     need(overwrite or resume or dry_run or "model.safetensors" not in names,
          f"{out} already holds a run: choose another --out, or add --overwrite to replace it.")
-    need(overwrite or resume or dry_run or "state.pt" not in names, f"{out} holds an interrupted "
+    need(overwrite or resume or dry_run or "run.json" not in names, f"{out} holds an interrupted "
          "run: add --resume to go on with it, or --overwrite to begin again.")
     small = Path(settings.text).resolve() == TINY       # any other text gets BLiMP, if it is there
     folder = Path(settings.pairs or (TINY / "blimp" if small else HOME / "data/blimp"))
@@ -2236,7 +2236,7 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
         is_teacher = run is not runs[-1]            # it always goes on where it was stopped
         with locked_log(run.out, is_teacher) as log:
             if not run.finished or overwrite and not is_teacher:
-                fit(run, corpus, device, log, resume or is_teacher and not overwrite)
+                fit(run, corpus, device, log, resume or is_teacher)
     if rank == 0:
         print_results(runs, todo, corpus, pairs, device)
 

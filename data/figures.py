@@ -2,6 +2,7 @@
 
     python data/figures.py report RUN [RUN ...]     settings, accuracies and curves on one HTML page
     python data/figures.py held-out RUN [RUN ...]   how good and how sure runs are, mean over seeds
+    python data/figures.py macro RUN [RUN ...]      the macro-average of the paper's Table 3
     python data/figures.py toy                      what each divergence makes of a small teacher
     python data/figures.py paper                    what follows from the paper's own Table 2
 
@@ -347,6 +348,7 @@ def report_command(folders: tuple[Path, ...], out: Path | None) -> None:
 # -----------------------------------------------------------------------------
 # Held-out text: what became of a student, beyond its loss
 
+GLUE = set("cola sst2 mrpc qqp mnli mnli-mm qnli rte boolq multirc wsc".split())
 FACTS = {                   # of each token, then their mean; "ece" is of all tokens at once
     "loss": "cross-entropy, nats a token", "right": "share of tokens whose likeliest guess is right",
     "entropy": "of the model's distribution, nats", "sure": "mean probability of its likeliest token",
@@ -392,24 +394,39 @@ def held_out(model, coach, ids: np.ndarray, T: int) -> dict[str, float]:
     return found | {"ece": expected_calibration_error(tokens[:, 3], tokens[:, 1])}
 
 
+def paradigm_mean(path: Path) -> float:
+    """Return a model's mean over paradigms by a file of its scores."""
+    names, right = c.read_scores(path)
+    groups = c.group_by(range(len(names)), lambda i: names[i][:2]).values()
+    return float(np.mean([right[group].mean() for group in groups]))
+
+
 def run_facts(folder: Path, scores: str | None, device: str) -> dict[str, float]:
     """Return a run's FACTS, its seed, and its accuracy by a file of scores, if there is one."""
     record = c.read_json(folder / "run.json")
     with c.reading(folder / "run.json"):
         settings = record["settings"]
         text = Path(settings["dev"] or settings["text"])
-        seed, T, prefix = settings["seed"], settings["context"], settings["prefix"]
+        seed, T, prefix = (c.checked(c.KNOWN[key], settings[key], key)
+                           for key in ("seed", "context", "prefix"))
         teachers = [Path(teacher) for teacher in record["teachers"]]
     model, vocabulary = c.load_model(folder, device)
+    c.need(T <= model.config.positions, f"{folder}: run.json has a context of {T}: expected at "
+           f"most the model's {model.config.positions} positions.")
     ids = c.encode(vocabulary, c.read_text(text, r".*\.dev|dev\.txt"), prefix)
     loaded = [c.load_model(teacher, device)[0] for teacher in teachers]
     coach = c.Coach(loaded, V=vocabulary.size) if teachers else None
     found = {"seed": seed, **held_out(model, coach, ids, T)}
-    if scores:
-        names, right = c.read_scores(folder / scores)
-        groups = c.group_by(range(len(names)), lambda i: names[i][:2]).values()
-        found["pairs"] = float(np.mean([right[group].mean() for group in groups]))
-    return found
+    return found | ({"pairs": paradigm_mean(folder / scores)} if scores else {})
+
+
+def recipe(folder: Path) -> str:
+    """Return all that decides what a run learnt and is measured on, but its seed."""
+    record = c.read_json(folder / "run.json")
+    with c.reading(folder / "run.json"):
+        names = [*c.RECIPE, "dev", "eval_every", "keep"]
+        facts = {name: record["settings"].get(name) for name in names if name != "seed"}
+        return json.dumps([facts, record["digests"]["text"], len(record["teachers"])])
 
 
 @cli.command("held-out")
@@ -419,23 +436,31 @@ def run_facts(folder: Path, scores: str | None, device: str) -> dict[str, float]
 def held_out_command(folders: tuple[Path, ...], device: str, as_json: bool) -> None:
     """Say how good and how sure runs are on held-out text, and on the minimal pairs scored for all.
 
-    Runs whose names differ in the number at their end, such as seed0 and seed1, are one row: means
-    and standard deviations over the seeds. The last column is the difference in pairs from the
-    first row, seed by seed, with Student's t's 95 % interval over the seeds.
+    Runs that differ in their seed alone are one row: means and standard deviations over the seeds.
+    The last column is the difference in pairs from the first row, seed by seed, with Student's t's
+    95 % interval over the seeds.
 
     \b
     Example: python data/figures.py held-out runs/tiny-ce-0-seed? runs/tiny-rkl-1-seed?"""
-    groups = c.group_by(folders, lambda folder: re.sub(r"-?[a-z]*\d+$", "", folder.resolve().name))
+    groups = c.group_by(folders, recipe)
     kept = [{path.name for path in folder.glob("blimp-*.jsonl")} for folder in folders]
     scores = c.common_scores(list(folders), "blimp") if set.intersection(*kept) else None
     device, found = c.choose_device(device), {}
-    for name, members in groups.items():
+    for members in groups.values():
+        name = members[0].resolve().name
+        if len(members) > 1:                            # without what seeds are named by
+            name = re.sub(r"-?(seed|s)?\d+$", "", name) or name
+        name = str(members[0]) if name in found else name
         found[name] = [run_facts(folder, scores, device) for folder in members]
+        seeds = {facts["seed"] for facts in found[name]}
+        c.need(len(seeds) == len(members), f"{', '.join(map(str, members))}: two runs have one "
+               "seed and recipe: expected different ones.")
     if as_json:
         return click.echo(json.dumps(found, indent=2))
+    width = max(map(len, found))
     first = {facts["seed"]: facts.get("pairs") for facts in next(iter(found.values()))}
     columns = [*FACTS, "pairs"]
-    click.echo(f"{'':<20} {'n':>2}" + "".join(f"{name:>16}" for name in columns) + "   against first")
+    click.echo(f"{'':<{width}} {'n':>2}" + "".join(f"{name:>16}" for name in columns) + "   against first")
     for name, runs in found.items():
         cells = []
         for key in columns:
@@ -446,9 +471,45 @@ def held_out_command(folders: tuple[Path, ...], device: str, as_json: bool) -> N
                 if scores and facts["seed"] in first]
         low, high = c.confidence_interval(gaps) if len(gaps) > 2 else (math.nan, math.nan)
         against = f"{np.mean(gaps):+.2%} ({low:+.2%} to {high:+.2%})" if len(gaps) > 2 else "unknown"
-        click.echo(f"{name:<20} {len(runs):>2}" + "".join(f"{cell:>16}" for cell in cells)
+        click.echo(f"{name:<{width}} {len(runs):>2}" + "".join(f"{cell:>16}" for cell in cells)
                    + f"   {against}")
     click.echo("\n" + "\n".join(f"{name:<8} {what}" for name, what in FACTS.items()))
+
+
+def kept_mean(folder: Path, suite: str) -> float | None:
+    """Return a model's mean by its longest file of a suite's scores, if there is one."""
+    files = sorted(folder.glob(f"{suite}-*.jsonl"), key=lambda path: path.stat().st_size)
+    return paradigm_mean(files[-1]) if files else None
+
+
+@cli.command("macro")
+@click.argument("folders", metavar="RUN [RUN ...]", type=c.location, nargs=-1, required=True)
+def macro_command(folders: tuple[Path, ...]) -> None:
+    """Average BLiMP, the supplement, EWoK and GLUE, as the paper's Table 3 does.
+
+    It takes what eval-blimp and data/glue.py have left in the models' folders: of several files of
+    a suite the longest. GLUE is the mean of its tasks' figures; the average is unknown while one of
+    the four or a task is missing.
+
+    \b
+    Example: python data/figures.py macro runs/tiny-rkl-1-seed0"""
+    width = max(len(str(folder)) for folder in folders)
+    click.echo(f"{'':<{width}}" + "".join(f"{name:>11}" for name in (*c.SUITES, "glue", "macro"))
+               + "  missing tasks")
+    for folder in folders:
+        means = [kept_mean(folder, suite) for suite in c.SUITES]
+        tasks = {}
+        for path in sorted(folder.glob("glue-*.jsonl"), key=lambda path: path.stat().st_mtime):
+            with c.reading(path):
+                facts = json.loads(path.read_bytes().splitlines()[0])
+                tasks |= {row["task"]: float(row["figure"]) for row in facts["rows"]}
+        means.append(float(np.mean([*tasks.values()])) if tasks else None)
+        missing = sorted(GLUE - tasks.keys())
+        whole = None not in means and not missing
+        cells = ["none" if mean is None else f"{mean:.1%}" for mean in means]
+        cells.append(f"{np.mean(means):.1%}" if whole else "unknown")
+        click.echo(f"{str(folder):<{width}}" + "".join(f"{cell:>11}" for cell in cells)
+                   + f"  {', '.join(missing) or 'none'}")
 
 
 # -----------------------------------------------------------------------------
