@@ -93,8 +93,8 @@ def setting(default, help, choices=(), low=0, high=2**31 - 1, path=False):
 #     reverse KL  sum q log(q / p)   weighs by the student: do not say what the teacher does not
 #
 # A student that is too small to copy the teacher has to give something up. Under forward KL it
-# covers all that the teacher finds likely, even if it must raise what is not. Under
-# reverse KL it keeps to a part (a "mode") that it can get right. The paper asks which is better.
+# covers all that the teacher finds likely, even if it must raise what is not. Under reverse KL it
+# keeps to a part (a "mode") that it can get right. The paper asks which is better.
 #
 # Temperature: we divide both models' logits by tau = 2 before the softmax. That flattens both
 # lists, so that small probabilities count, which carry most of what the teacher knows. It makes
@@ -244,7 +244,7 @@ def plain_attention(q, k, v, sees):
 
 def rotary_angles(positions, D, theta):
     """Return cosine and sine of the angle of each position in D/2 planes: two (..., 1, T, D/2)."""
-    even = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32)         # (D/2,)
+    even = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32)          # (D/2,)
     speed = theta ** -(even / D)
     angle = positions[..., None, :, None] * speed               # the same for all heads
     return angle.cos(), angle.sin()
