@@ -1021,7 +1021,7 @@ class Settings:
     dropout: float = setting(0.0, "Share of values dropped in training (GPT-2).", high=1)
     # AdamW, and how long it runs
     epochs: int = setting(6, "Passes over the text.", low=1)
-    steps: int = setting(0, "Stop after this many optimizer steps; 0: when the epochs end.")
+    steps: int = setting(0, "Optimizer steps (a teacher's own come first); 0: as epochs say.")
     lr: float = setting(2.5e-4, "Peak learning rate.")
     warmup: int = setting(200, "Steps in which the learning rate rises to its peak.")
     t_max: int = setting(0, "PyTorch's T_max, half a period of the cosine; 0: down to the end.")
@@ -1034,8 +1034,8 @@ class Settings:
     temperature: float = setting(2.0, "tau, which divides logits (Eqs. 6, 7).", low=0.5, high=1000)
     alpha: float = setting(0.5, "Weight of cross-entropy; the rest is divergence (Eq. 9).", high=1)
     beta: float = setting(1.0, "Teacher's share of the mixed logits (Eq. 2); 1: no mixing.", high=1)
-    beta_end: float = setting(-1.0, "What beta moves to (0.1 at least); -1: none.", low=-1, high=1)
-    beta_by: str = setting("epoch", "When it does (Eq. 3: each epoch).", ("epoch", "step"))
+    beta_end: float = setting(-1.0, "Where beta ends, at least 0.1; -1: it stays.", low=-1, high=1)
+    beta_by: str = setting("epoch", "Move it each epoch (Eq. 3), or each step.", ("epoch", "step"))
     reduction: str = setting("token", "Divergence: mean, or sum of a row.", ("token", "batchmean"))
     fkl_weight: float = setting(0.5, "Share of forward KL in fkl+rkl.", high=1)
     mu: float = setting(0.5, "Teacher's mass in the likely tokens of akl and akl-r.", high=1)
@@ -1044,7 +1044,7 @@ class Settings:
     gamma: float = setting(0.5, "Weight of the rest in drkl.", low=1e-3, high=1e3)
     # how a run is carried out, which changes little but the rounding
     teachers: int = setting(0, "How many of the config's teachers to learn from.", high=2)
-    teacher_steps: int = setting(0, "Steps of each of these; 0: as their own tables say.")
+    teacher_steps: int = setting(0, "Steps of each teacher; 0: as its [[teacher]] says.")
     device: str = setting("auto", "Where to compute.", ("auto", "cpu", "cuda"))
     threads: int = setting(0, "Processor threads; 0: one if small, else torch's choice.", high=1024)
     precision: str = setting("auto", "Matmuls; auto: fp32, a GPU bf16/fp16.", ("auto", *PRECISIONS))
@@ -2193,6 +2193,7 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
     """Train a model, alone or from teachers, which are trained first if they are not there yet.
     A flag counts, else the config's key, else the default shown here.
     Example: python choobaca.py train --objective rkl --teachers 1"""
+    overwrite = overwrite or dry_run            # which plans as if there were no run yet
     resume = resume and not overwrite           # to replace a run is to begin it again
     settings, described = read_settings(config, flags, folders)
     device = choose_device(settings.device)
@@ -2206,10 +2207,9 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
     filled = [path for path in out.glob("[!.]*") if path.is_dir() or path.stat().st_size]
     need({"run.json", "log.jsonl"} <= names or not filled,
          f"{out} already holds files that are no run: choose another --out.")
-    need(overwrite or resume or dry_run or "model.safetensors" not in names,
-         f"{out} already holds a run: choose another --out, or add --overwrite to replace it.")
-    need(overwrite or resume or dry_run or "run.json" not in names, f"{out} holds an interrupted "
-         "run: add --resume to go on with it, or --overwrite to begin again.")
+    need(overwrite or resume or not names & {"model.safetensors", "run.json"}, f"{out} already "
+         "holds a run: choose another --out, or add --overwrite to replace it, or --resume to go "
+         "on with it where it was interrupted.")
     small = Path(settings.text).resolve() == TINY       # any other text gets BLiMP, if it is there
     folder = Path(settings.pairs or (TINY / "blimp" if small else HOME / "data/blimp"))
     none = settings.pairs == "none" or not settings.pairs and not folder.exists()

@@ -1193,7 +1193,7 @@ def test_a_signal_ends_a_run_after_the_step_and_resume_goes_on(here, monkeypatch
         Path("part/x").mkdir(exist_ok=after == 2)
         for name in ("log.jsonl", ".choobaca-123-run.json"):
             Path("part/x", name).touch()
-    assert "holds an interrupted run: add --resume" in untrained("part/x")
+    assert "or --resume to go on" in untrained("part/x")
     assert len(steps_of("part/x")) == 2 and "mean of 20" in train("part/x", "--resume").stdout
     train("whole/x")
     same_runs("whole/x", "part/x")
@@ -1513,7 +1513,7 @@ def test_a_run_folder_is_never_overwritten_unasked(here):
     train("run", "--seed 1 --overwrite")
     assert weights("run") != before
     os.remove("run/model.safetensors")                  # as an interrupted run leaves it
-    assert "an interrupted run: add --resume" in untrained("run")
+    assert "or --resume to go on" in untrained("run")
     train("run", "--resume")
     assert weights("run") == before
     for name in ("thesis.partial", "thesis.txt", "config.json", "tokenizer.json", "run.json"):
@@ -1709,6 +1709,7 @@ def test_the_readmes_commands_run(default_run, here):
         TRAIN_DIR={TINY} DEV_DIR={TINY} BLIMP_DIR={TINY}/blimp TEACHER={teacher} 400000=30000
         runs/TEACHER={teacher} runs/OTHER={teacher} DIR={RUN} data/tiny={TINY}
         data/blimp-filtered={TINY}/blimp configs/small.toml={HOME}/configs/tiny.toml
+        data/tiny/blimp={TINY}/blimp
         configs/rv-1-24.toml={HOME}/configs/tiny.toml""".split())
     small = {"train": "--steps 2 --warmup 1 --sample 20", "bench": "--rows 32 --vocab-size 64"}
     commands = re.findall(r"^ {4}((?:python|torchrun) .*)", re.sub(r"\\\n *", "", README), re.M)
