@@ -2088,7 +2088,7 @@ def idle_flags(settings, flags):
     """Return the flags that have no effect on this run."""
     constant = DIVERGENCES.get(settings.objective, (None, None))[1]
     idle = settings_between("temperature" if settings.objective == "ce" else "fkl_weight", "gamma")
-    idle += ["vocab_size"] if settings.tokenizer else []
+    idle += ["vocab_size"] * bool(settings.tokenizer) + ["teacher_steps"] * (not settings.teachers)
     idle += ["tokenizer", *settings_between("model_type", "dropout")] if settings.init else []
     return ["--" + name.replace("_", "-") for name in idle
             if name != constant and flags[name] is not None]
