@@ -726,12 +726,12 @@ def lr_at(step, steps, settings):
 
 def beta_at(step, steps, per_epoch, settings):
     """Return the teacher's share of the mixed logits, on its way from beta to beta_end (Eq. 3)."""
-    if settings.beta_end < 0:
+    if settings.beta_end < 0:                                   # it stays
         return settings.beta
     length = per_epoch if settings.beta_by == "epoch" else 1
     done = (step // length) / math.ceil(steps / length)         # epochs count from 0
     moved = (1 - done) * settings.beta + done * settings.beta_end
-    return max(0.1, moved)
+    return max(0.1, moved)                                      # the paper's bound
 
 def make_optimizer(model, settings):
     """Make AdamW over all parameters, with weight decay for the matrices alone."""
