@@ -581,10 +581,11 @@ def divergence_(settings, beta, u, v, targets):
 def logits_to_gradient_(settings, beta, u, v, targets):
     """Overwrite u = z / tau (n, V) with the loss's gradient with respect to z.
     v (n, V), the teacher's w / tau, is None where there is no divergence. targets (n, 1). Returns
-    (n, 3): max u, log sum exp(z - max z), divergence."""
+    (n, 2): cross-entropy and tau^2 divergence."""
     ce_weight, kl_weight = loss_weights(settings)
     tau = 1.0 if v is None else settings.temperature
     exact = torch.promote_types(u.dtype, torch.float32)
+    at_target = u.gather(1, targets)
     logits = u.to(exact)                                # u itself in fp32, a copy in half
     top = logits.amax(-1, True)
     logits.sub_(top)                                    # a constant changes no softmax
@@ -597,11 +598,13 @@ def logits_to_gradient_(settings, beta, u, v, targets):
     # Cross-entropy has no temperature: softmax(z) - onehot = (exp_z - total onehot) / total.
     exp_z = logits.mul_(tau).exp_()
     total = exp_z.sum(-1, True)
-    minus_others = exp_z.gather(1, targets) - total
-    d_target = torch.addcmul(gradient.gather(1, targets), minus_others, ce_weight / total)
+    if u.is_cuda:                                       # compiled, a mask costs no pass
+        exp_z = exp_z - total * (torch.arange(u.shape[1], device=u.device) == targets)
+    else:
+        exp_z.scatter_add_(1, targets, -total)
     torch.addcmul(gradient, exp_z, ce_weight / total, out=u)
-    u.scatter_(1, targets, d_target.to(u.dtype))
-    return torch.cat([top, total.log_(), value.to(exact)], 1)
+    ce = total.log_().double() + tau * (top.double() - at_target)       # log sum exp z - z_target
+    return torch.cat([ce, tau**2 * value.double()], 1)
 
 BLOCK = 2**17       # logits that a core turns into gradients at once: measured to stay in its cache
 CHUNK = {"cpu": 304, "cuda": 1024}      # rows of logits at once: more need memory and save no time
@@ -619,12 +622,12 @@ def chunk_to_gradient_(settings, beta, u, v, targets):
         return compiled(logits_to_gradient_)(settings, beta, u, v, targets)
     size = u.shape[1] if closed else 2 * u.shape[1]                     # by_autograd has float64
     block = max(1, BLOCK * torch.get_num_threads() // size)
-    facts = []
+    values = []
     for i in range(0, len(u), block):
         part = slice(i, i + block)
         v_part = None if v is None else v[part]
-        facts.append(logits_to_gradient_(settings, beta, u[part], v_part, targets[part]))
-    return torch.cat(facts)
+        values.append(logits_to_gradient_(settings, beta, u[part], v_part, targets[part]))
+    return torch.cat(values)
 
 def logits_into(memory, hidden, head, tau):
     """Return hidden @ head.T / tau, (n, V), in memory that is used again and again."""
@@ -670,12 +673,9 @@ class FusedLoss(torch.autograd.Function):
             v = None
             if distilled:
                 v = logits_into(v_memory, teacher_hidden[rows].to(dtype), teacher_head, tau)
-            # 2. Turn them into the gradient with respect to z. CE is log sum exp z - z_target.
-            at_target = u.gather(1, target)
-            facts = chunk_to_gradient_(settings, beta, u, v, target)
-            top, log_total, value = facts.double().split(1, 1)
-            ce = log_total + tau * (top - at_target)            # z is tau u
-            parts += (torch.cat([ce, tau**2 * value], 1) * keep).sum(0)
+            # 2. Turn them into the gradient with respect to z.
+            values = chunk_to_gradient_(settings, beta, u, v, target)
+            parts += (values * keep).sum(0)
             # 3. Multiply the gradient back into hidden states and head.
             d_hidden[rows] = (u @ head).mul_(keep)
             if dtype == exact:
