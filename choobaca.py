@@ -468,17 +468,17 @@ def by_autograd(definition, u, v, targets, constant):
 # Now the fast way: four of them with their gradients written out, in place and in fp32.
 
 def to_probabilities(u, v):
-    """Return q, p and r, all (n, V). v is overwritten; u's rows must have 0 as maximum.
-    u - v is cut at 87, as exp(-87) is near fp32's least normal number: a token that the teacher
-    rules out costs reverse KL much, not infinitely much."""
+    """Return q, p and r (n, V), and c (n, 1), so that log q - log p = r + c. v is overwritten; u's
+    rows must have 0 as maximum. r is cut at 87, as exp(-87) is near fp32's least normal number: a
+    token that the teacher rules out costs reverse KL much, not infinitely much."""
     v.sub_(v.amax(-1, True))                    # both now have 0 as maximum
     r = (u - v).clamp_(max=-math.log(torch.finfo(u.dtype).tiny))
     q = u.exp()
-    # log q - log p = u - v + log(sum exp v / sum exp u)
     q_scale = 1 / q.sum(-1, True)
     p_scale = 1 / v.exp_().sum(-1, True)
-    r.add_((q_scale.double() / p_scale).log_().to(r.dtype))
-    return q.mul_(q_scale), v.mul_(p_scale), r
+    # log q - log p = u - v + log(sum exp v / sum exp u): no gradient needs the last term
+    c = (q_scale.double() / p_scale).log_()
+    return q.mul_(q_scale), v.mul_(p_scale), r, c
 
 def softmax_backward_(q, k):
     """Backpropagate through softmax: overwrite k = df/dq with df/du = q (k - sum q k).
@@ -494,30 +494,30 @@ def softmax_backward_(q, k):
 # KL is off by as much. So we compute the generalised KL(a || b) = sum a log(a / b) - sum a + sum b,
 # whose last two terms cancel but for that error: they are the sums of q - p and p - q below.
 
-def forward_kl(q, p, r, _):
+def forward_kl(q, p, r, c, _):
     """KL(p || q) = sum p (log p - log q), with gradient q - p (AKL paper, Eq. 5)."""
     value = -r.mul_(p).sum(-1, True)
     gradient = torch.sub(q, p, out=r)                   # in r's memory
-    return value + gradient.sum(-1, True), gradient
+    return value - c + gradient.sum(-1, True), gradient
 
-def reverse_kl(q, p, r, _):
-    """KL(q || p) = sum q r, with gradient q (r - KL) (AKL paper, Eq. 6). MiniLLM's and the paper's
-    "single-step decomposition", E_q[r grad log q], is the same gradient on given text."""
+def reverse_kl(q, p, r, c, _):
+    """KL(q || p) = sum q (r + c), with gradient q (r + c - KL) (AKL paper, Eq. 6). MiniLLM's and
+    the paper's "single-step decomposition", E_q[r grad log q], is the same on given text."""
     value, gradient = softmax_backward_(q, r)
-    return value + p.sub_(q).sum(-1, True), gradient
+    return value + c + p.sub_(q).sum(-1, True), gradient
 
-def forward_and_reverse_kl(q, p, r, weight):
+def forward_and_reverse_kl(q, p, r, c, weight):
     """weight FKL + (1 - weight) RKL (AKL paper, appendix C); weight is a number or (n, 1)."""
     forward = -(p * r).sum(-1, True)
     reverse, gradient = softmax_backward_(q, r)
     slope = torch.sub(q, p, out=p)                      # forward KL's gradient
-    error = slope.sum(-1, True)                         # 0, but for rounding
-    value = weight * (forward + error) + (1 - weight) * (reverse - error)
+    c = c - slope.sum(-1, True)                         # which is 0, but for rounding
+    value = weight * (forward - c) + (1 - weight) * (reverse + c)
     return value, gradient.lerp_(slope, weight)         # (1 - weight) gradient + weight slope
 
-def adaptive_kl(q, p, r, mu):
+def adaptive_kl(q, p, r, c, mu):
     """likely_share FKL + (1 - likely_share) RKL, row by row (AKL paper, Eq. 15)."""
-    return forward_and_reverse_kl(q, p, r, likely_share(q, p, mu))
+    return forward_and_reverse_kl(q, p, r, c, likely_share(q, p, mu))
 
 CLOSED_FORMS = {"fkl": forward_kl, "rkl": reverse_kl, "fkl+rkl": forward_and_reverse_kl,
                 "akl": adaptive_kl}
@@ -575,13 +575,11 @@ def divergence_(settings, beta, u, v, targets):
     if settings.objective not in CLOSED_FORMS:
         value, gradient = by_autograd(definition, u, v, targets, constant)
         return value, gradient.to(u.dtype)
-    q, p, r = to_probabilities(u, v)
-    return CLOSED_FORMS[settings.objective](q, p, r, constant)
+    return CLOSED_FORMS[settings.objective](*to_probabilities(u, v), constant)
 
 def logits_to_gradient_(settings, beta, u, v, targets):
-    """Overwrite u = z / tau (n, V) with the loss's gradient with respect to z.
-    v (n, V), the teacher's w / tau, is None where there is no divergence. targets (n, 1). Returns
-    (n, 2): cross-entropy and tau^2 divergence."""
+    """Overwrite u = z / tau (n, V) with the loss's gradient with respect to z, and return (n, 2):
+    cross-entropy, tau^2 divergence. v is w / tau; without a divergence, None. targets (n, 1)."""
     ce_weight, kl_weight = loss_weights(settings)
     tau = 1.0 if v is None else settings.temperature
     exact = torch.promote_types(u.dtype, torch.float32)
@@ -607,13 +605,15 @@ def logits_to_gradient_(settings, beta, u, v, targets):
     return torch.cat([ce, tau**2 * value.double()], 1)
 
 BLOCK = 2**17       # logits that a core turns into gradients at once: measured to stay in its cache
-CHUNK = {"cpu": 304, "cuda": 1024}      # rows of logits at once: more need memory and save no time
+CHUNK = {"cpu": 304, "cuda": 2048}      # rows of logits at once: more need memory and save no time
 
 @functools.cache
 def compiled(function):
     """Compile a function: its elementwise operations are fused into one or two passes."""
     torch._dynamo.config.recompile_limit = 99       # once for each beta and shape
-    return torch.compile(function, dynamic=False)
+    # each pass makes its exponentials anew: to write and read them took longer
+    anew = {"realize_reads_threshold": 999, "realize_opcount_threshold": 999}
+    return torch.compile(function, dynamic=False, options={"online_softmax": False, **anew})
 
 def chunk_to_gradient_(settings, beta, u, v, targets):
     """Do as logits_to_gradient_, by blocks that stay in a core's cache; on a GPU, compiled."""
@@ -1051,7 +1051,7 @@ class Settings:
     teacher_precision: str = setting("auto", "As --precision, for teachers.", ("auto", *PRECISIONS))
     compile: bool = setting(True, "Compile the models on a GPU.")
     micro_batch: int = setting(0, "Rows in memory at once, a divisor of the batch; 0: all.")
-    chunk: int = setting(0, "Rows of logits that the loss holds at once; 0: 304, 1,024 on a GPU.")
+    chunk: int = setting(0, "Rows of logits that the loss holds at once; 0: 304, 2,048 on a GPU.")
     eval_every: int = setting(0, "Steps between held-out losses; 0: at most ten in all.")
     dev_tokens: int = setting(0, "Read about this many held-out tokens, evenly spread; 0: all.")
     checkpoints: str = setting("", "Save at so many words: 500k,1M; babylm: as BabyLM asks.")
