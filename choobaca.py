@@ -1153,20 +1153,24 @@ def load_vocabulary(path):
             roles = roles if "added_tokens_decoder" in roles else roles | read_json(beside)
     config = path.with_name("config.json")
     facts = read_json(config) if config.exists() else {}
-    special = [i for i, token in tokenizer.get_added_tokens_decoder().items() if token.special]
-    named = [tokenizer.id_to_token(i) for key in ("bos_token_id", "eos_token_id")
-             for i in special if i == facts.get(key)]
+    named = [token.content for key in ("bos_token_id", "eos_token_id")
+             for i, token in tokenizer.get_added_tokens_decoder().items()
+             if token.special and i == facts.get(key)]
     kind = f"{roles.get('tokenizer_class')}{facts.get('tokenizer_class')}{facts.get('model_type')}"
     missing = "<|endoftext|>" if re.match("(None)*gpt", kind, re.I) else None   # the class's own
+    if re.match("(None)?Llama", kind) and b"ByteLevel" not in files["tokenizer.json"]:
+        missing = "<s>"
     tokens = [roles.get(key, missing) for key in ("bos_token", "eos_token")]
     tokens += [*named, "<|endoftext|>", "<s>"]
     with reading(path):
         limit = float(facts.get("vocab_size", "inf"))
-        for token in tokens:
+        for i, token in enumerate(tokens):
             token = token.get("content") if isinstance(token, dict) else token
             prefix_id = tokenizer.token_to_id(token) if isinstance(token, str) else None
             if prefix_id is not None and prefix_id < limit:
                 return Vocabulary(tokenizer, prefix_id, files)
+            need(i > 1 or token in (None, missing) or prefix_id,
+                 f"{path} has no token {token!r}, with which the files beside it begin a text.")
     raise ClickException(f"{path}: no token begins a text: expected a bos_token or eos_token "
                          "in the tokenizer_config.json beside it.")
 
@@ -1300,10 +1304,9 @@ def to_hf_config(config, vocabulary):
     if kind == "gpt2":
         sizes |= {"attn_pdrop": config.dropout, "embd_pdrop": config.dropout}
     # A text ends where the next one begins, and so does what transformers generates.
-    tokenizer = vocabulary.tokenizer
-    newline = tokenizer.encode("\n", add_special_tokens=False).ids[-1:]
+    newline = vocabulary.tokenizer.encode("\n", add_special_tokens=False).ids[-1:]
     end = newline[0] if config.prefix == "none" and newline else vocabulary.prefix_id
-    pad = tokenizer.token_to_id("<pad>")
+    pad = vocabulary.tokenizer.token_to_id("<pad>")
     return {"architectures": ["LlamaForCausalLM" if kind == "llama" else "GPT2LMHeadModel"],
             "model_type": kind, "vocab_size": vocabulary.size, **sizes, **HF_FIXED[kind],
             "bos_token_id": vocabulary.prefix_id, "eos_token_id": end,
@@ -2062,11 +2065,9 @@ def plan_runs(out, folders, settings, described, corpus, device):
             continue
         if not run.given:
             need_same(run, describe_run(run, corpus, device), resumed=False)
-        teacher, vocabulary = load_model(run.out, "cpu")
+        _, vocabulary = load_model(run.out, "cpu")
         need(fingerprint(vocabulary) == fingerprint(corpus.vocabulary), f"{run.out} has another "
              "vocabulary than the student: both must share one tokenizer.")
-        if len(teacher.head) > corpus.vocabulary.size:
-            echo(f"{run.out}: logits behind the vocabulary are left out.", err=True)
     runs.append(Run("student" if runs else "model", out, settings, tuple(runs)))
     need(len({run.out.resolve() for run in runs}) == len(runs), "two models would be in one "
          "folder: expected teachers of different settings, and --out to be neither.")
@@ -2312,10 +2313,9 @@ def sample_command(run, prompt, tokens, temperature, count, seed, out, device):
     need(not out or not out.exists(), f"{out} is already there: choose another --out.")
     need(temperature == 0 or temperature >= 1e-3, "--temperature: expected 0, or 0.001 and more.")
     model, vocabulary = load_model(run, choose_device(device))
-    tokenizer = vocabulary.tokenizer
     eos = read_json(run / "config.json").get("eos_token_id")
     eos = eos if type(eos) is list else [eos]
-    newline = tokenizer.encode("\n", add_special_tokens=False).ids[-1:]
+    newline = vocabulary.tokenizer.encode("\n", add_special_tokens=False).ids[-1:]
     bare = bool(newline) and newline[0] in eos      # its text had no prefix, but line breaks
     start = newline if bare else [vocabulary.prefix_id]
     if prompt:
@@ -2335,7 +2335,7 @@ def sample_command(run, prompt, tokens, temperature, count, seed, out, device):
         while bar.n < tokens:
             length = room if out else min(tokens, room)
             drawn = write_on(model, rows, ends, length, generator, temperature)
-            texts = tokenizer.decode_batch([start + row for row in drawn])
+            texts = vocabulary.tokenizer.decode_batch([start + row for row in drawn])
             lines += [" ".join(text.split()) for text in texts]
             if not out:
                 return echo("\n".join(lines))
