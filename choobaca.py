@@ -1903,7 +1903,6 @@ def pairs_table(results, paradigms):
                 rows["  " + uid] = [column["paradigms"][uid] for column in columns]
     count = len(columns[0]["paradigms"])
     rows[f"mean of {count} paradigm{'s' if count > 1 else ''}"] = columns
-
     width = max(34, *map(len, rows))
     lines = [f"{'accuracy and standard error, in %':<{width}} {'n':>7}"
              + "".join(f"{name:>16}" for name in results)]
@@ -2151,6 +2150,7 @@ class Cli(click.Group):
             need(not re.search("MemoryError|DefaultCPUAllocator", text), "out of memory: in "
                  "training, give a smaller --micro-batch (rows at once; 0 is all), which does the "
                  "job of activation checkpointing, or --chunk; else a smaller model or sample.")
+            need(not re.search("triton", text, re.I), "no working Triton here: add --no-compile.")
             need(not re.search("gloo|nccl|device ordinal", text, re.I), "another process of this "
                  f"run has ended, or has no GPU ({text.splitlines()[0]}): start all of them again.")
             raise
