@@ -352,8 +352,8 @@ class Llama(nn.Module):
 
 # 4. Divergences --------------------------------------------------------------
 #
-# student's and teacher's logits / tau (n, V); q, k, v are no longer attention's
-#   ->  the divergence of each row (n, 1), and its gradient with respect to the student's (n, V)
+# student's and teacher's logits / tau (n, V); the letters q, k, v are no longer attention's
+#   ->  the divergence of each row, and its gradient with respect to the student's (n, V)
 #
 #     z, w   logits of student and teacher          q, p   softmax(u) and softmax(v)
 #     u, v   z / tau and w / tau                    r      log q - log p
@@ -394,8 +394,8 @@ def likely_share(q, p, mu):
     The likely tokens are the fewest whose p sums to at least mu, as in top-p sampling; what ties
     with the last of them is likely as well. The AKL paper calls them its "head" (Eqs. 11 to 14);
     its released code counts the token that crosses mu as unlikely."""
-    # Sort each row, rising. Tokens under (1 - mu) / V sum to less than 1 - mu, so none is likely:
-    # raise them to it, as equal ones sort fast. NumPy sorts 10 times as fast as torch on a CPU.
+    # Sort each row, rising. Tokens under (1 - mu) / V sum to less than 1 - mu, so none is likely.
+    # We raise them to that, as equal ones sort fast. NumPy sorts 10 times as fast as torch's CPU.
     V = p.shape[1]
     rising = p.clamp(min=(1 - mu) / V)
     if p.is_cuda:
@@ -403,7 +403,7 @@ def likely_share(q, p, mu):
     else:
         rising.numpy().sort(-1)                 # in place: it is the tensor's own memory
     mass = rising.cumsum(-1)
-    unlikely = torch.searchsorted(mass, mass[:, -1:] - mu, right=True)  # how many of the least fit
+    unlikely = torch.searchsorted(mass, mass[:, -1:] - mu, right=True)  # how many sum to <= 1 - mu
     least = rising.gather(1, unlikely.clamp_(max=V - 1))                # p of the last likely one
 
     gap = (p - q).abs()
@@ -416,12 +416,12 @@ def both_ways(log_q, log_p, _, weight):
     """weight KL(p || q) + (1 - weight) KL(q || p); weight is a number or (n,)."""
     return weight * kl(log_p, log_q) + (1 - weight) * kl(log_q, log_p)
 
-def adaptive(log_q, log_p, _, mu, swapped=False):
+def adaptive(log_q, log_p, targets, mu, swapped=False):
     """Weigh forward KL by likely_share, held constant (AKL paper, Eq. 15; swapped, Eq. 16)."""
     q = log_q.detach().exp()
     p = log_p.detach().exp()
-    share = likely_share(q, p, mu)[:, 0]        # forward KL moves likely tokens most
-    return both_ways(log_q, log_p, _, 1 - share if swapped else share)
+    share = likely_share(q, p, mu)[:, 0]        # the paper: forward KL fits these first
+    return both_ways(log_q, log_p, targets, 1 - share if swapped else share)
 
 def jensen_shannon(log_q, log_p, _, share):
     """share KL(p || m) + (1 - share) KL(q || m), m = share p + (1 - share) q (GKD, Agarwal et al.
@@ -431,7 +431,7 @@ def jensen_shannon(log_q, log_p, _, share):
 
 def target_apart(log_q, log_p, targets, gamma):
     """Reverse KL of target against rest, plus gamma times that within the rest.
-    In plain reverse KL gamma is 1 - q_target: a sure student learns nothing about the rest."""
+    In plain reverse KL gamma is 1 - q_target: nearly 0 for a student that is sure of it."""
     def split(log_x):
         rest = log_x.scatter(1, targets, -1e9)                          # the target has no part
         log_total = rest.logsumexp(-1, True)
@@ -458,9 +458,9 @@ DIVERGENCES = {
 def by_autograd(definition, u, v, targets, constant):
     """Return value (n, 1) and gradient with respect to u (n, V) of a definition, by autograd."""
     with torch.enable_grad():
-        u = u.detach().double().requires_grad_()        # in float64 no formula loses its digits
+        u = u.detach().double().requires_grad_()        # float64: errors near 1e-15
         log_q = u.log_softmax(-1)
-        log_p = v.double().log_softmax(-1).clamp(min=-700)      # no -inf
+        log_p = v.double().log_softmax(-1).clamp(min=-700)      # exp(-700) > 0
         value = definition(log_q, log_p, targets, constant)
         gradient, = torch.autograd.grad(value.sum(), u)
     return value.detach()[:, None], gradient
@@ -468,9 +468,9 @@ def by_autograd(definition, u, v, targets, constant):
 # Now the fast way: four of them with their gradients written out, in place and in fp32.
 
 def to_probabilities(u, v):
-    """Return q, p and r (n, V), and c (n, 1), so that log q - log p = r + c. v is overwritten; u's
-    rows must have 0 as maximum. r is cut at 87, as exp(-87) is near fp32's least normal number: a
-    token that the teacher rules out costs reverse KL much, not infinitely much."""
+    """Return q, p and r (n, V), and c (n, 1): log q - log p = r + c. v is overwritten; u's rows
+    must have 0 as maximum. But r is at most 87 in fp32 (exp(-87) is near its least normal number):
+    a token that the teacher rules out costs reverse KL much, not infinitely much."""
     v.sub_(v.amax(-1, True))                    # both now have 0 as maximum
     r = (u - v).clamp_(max=-math.log(torch.finfo(u.dtype).tiny))
     q = u.exp()
@@ -486,8 +486,8 @@ def softmax_backward_(q, k):
     gradient = k.mul_(q)
     mean = gradient.sum(-1, True)
     gradient.addcmul_(q, mean, value=-1)                # q k - q mean
-    # Exactly, it sums to 0. Where the student is nearly sure it is so small that rounding
-    # dominates: subtracting q times the sum repairs that.
+    # An exact gradient sums to 0. Where the student is nearly sure and the teacher is not, it is so
+    # small that rounding dominates: subtracting q times the sum repairs that.
     return mean, gradient.addcmul_(q, gradient.sum(-1, True), value=-1)
 
 # A closed form may overwrite q, p and r. In fp32 the rows of q and p do not sum to 1 exactly, and a
@@ -502,7 +502,7 @@ def forward_kl(q, p, r, c, _):
 
 def reverse_kl(q, p, r, c, _):
     """KL(q || p) = sum q (r + c), with gradient q (r + c - KL) (AKL paper, Eq. 6). MiniLLM's and
-    the paper's "single-step decomposition", E_q[r grad log q], is the same on given text."""
+    the paper's "single-step decomposition", E_q[r grad log q], is this on given text."""
     value, gradient = softmax_backward_(q, r)
     return value + c + p.sub_(q).sum(-1, True), gradient
 
@@ -511,7 +511,7 @@ def forward_and_reverse_kl(q, p, r, c, weight):
     forward = -(p * r).sum(-1, True)
     reverse, gradient = softmax_backward_(q, r)
     slope = torch.sub(q, p, out=p)                      # forward KL's gradient
-    c = c - slope.sum(-1, True)                         # which is 0, but for rounding
+    c = c - slope.sum(-1, True)                         # a sum of 0, but for rounding
     value = weight * (forward - c) + (1 - weight) * (reverse + c)
     return value, gradient.lerp_(slope, weight)         # (1 - weight) gradient + weight slope
 
@@ -528,18 +528,18 @@ CLOSED_FORMS = {"fkl": forward_kl, "rkl": reverse_kl, "fkl+rkl": forward_and_rev
 #   ->  loss, cross-entropy and tau^2 divergence, summed over the N tokens
 #
 # Each chunk of rows is finished in the forward pass: its logits and the teacher's are made, turned
-# into the gradient, multiplied back, forgotten. The loss comes last, so backward only scales them.
+# into the gradient, multiplied back, forgotten. The loss comes last: backward scales gradients.
 #
 #   hidden (N, C)         head (V, C)       plain_loss, 4,096 x 16,000: 8 arrays of 262 MB at once
-#      | n rows              |              FusedLoss, 14 chunks, n = 293: 2 to 4 of 19 MB
+#      | n rows              |              FusedLoss (rkl), 14 chunks, n = 293: 2 to 4 of 19 MB
 #      v                     v
-#   h (n, C) - @ head.T / tau -> u (n, V) - with the teacher's v, and targets ---> d_z, same memory
+#   h (n, C) --- @ head.T / tau --> u (n, V) --- with v, and targets ------------> d_z, same memory
 #                                                                                   |           |
 #          d_hidden's n rows (n, C) <--- @ head ------------------------------------+           |
 #          d_head (V, C) += .T @ h <------------------------------------------------------------+
 #
-# A row's softmax needs no other row, and the gradient of a sum is the sum of the gradients: so
-# chunks change only the rounding. The paper's "step-wise loss" is this loss with a chunk of 5.
+# A row's softmax needs no other row, and a sum's gradient is the sum of the gradients: so chunks
+# change only the rounding. A chunk of 5 is the paper's "step-wise loss", a sum over segments of 5.
 
 def loss_weights(settings):
     """Return the weights of cross-entropy and of tau^2 times divergence (Eq. 9)."""
@@ -563,8 +563,8 @@ def gradient_of_logits(z, w, targets, tau, alpha):
 def divergence_(settings, beta, u, v, targets):
     """Return the objective's divergence (n, 1) and its gradient with respect to u (n, V).
 
-    u's rows must have maximum 0; v is overwritten. The student's part of the mixture is constant
-    <- differs (4): r is beta (z - w) / tau + a constant, which drops out of r - KL. So under
+    u's rows must have maximum 0; v is overwritten. The student's part of the mixture is constant:
+    <- differs (4). So log q - log p is beta (z - w) / tau + a number, which drops out: under
     reverse KL the gradient is beta times the unmixed one: "mixing outputs" is a weight on the
     distillation, and Eq. 3 its schedule. The value shrinks by roughly beta^2: do not compare mixed
     runs' `kl` with unmixed ones'. Forward KL is not so simple."""
@@ -579,12 +579,12 @@ def divergence_(settings, beta, u, v, targets):
 
 def logits_to_gradient_(settings, beta, u, v, targets):
     """Overwrite u = z / tau (n, V) with the loss's gradient with respect to z, and return (n, 2):
-    cross-entropy, tau^2 divergence. v is w / tau; without a divergence, None. targets (n, 1)."""
+    cross-entropy, tau^2 divergence. v, w / tau or None, may be overwritten, too. targets (n, 1)."""
     ce_weight, kl_weight = loss_weights(settings)
     tau = 1.0 if v is None else settings.temperature
     exact = torch.promote_types(u.dtype, torch.float32)
     at_target = u.gather(1, targets)
-    logits = u.to(exact)                                # u itself in fp32, a copy in half
+    logits = u.to(exact)                                # a copy if u is in half, else u
     top = logits.amax(-1, True)
     logits.sub_(top)                                    # a constant changes no softmax
     value = torch.zeros_like(top)
@@ -616,7 +616,7 @@ def compiled(function):
     return torch.compile(function, dynamic=False, options={"online_softmax": False, **anew})
 
 def chunk_to_gradient_(settings, beta, u, v, targets):
-    """Do as logits_to_gradient_, by blocks that stay in a core's cache; on a GPU, compiled."""
+    """Do as logits_to_gradient_, by blocks for a core's cache; closed forms on a GPU compiled."""
     closed = v is None or settings.objective in CLOSED_FORMS
     if closed and u.is_cuda and settings.compile and settings.beta_by == "epoch":
         return compiled(logits_to_gradient_)(settings, beta, u, v, targets)
@@ -637,7 +637,7 @@ def logits_into(memory, hidden, head, tau):
 class FusedLoss(torch.autograd.Function):
     """Cross-entropy and divergence of N tokens; forward makes the gradients too, by chunks of rows.
 
-    With z the student's logits and w the teacher's (the paper's Eqs. 1, 2 and 6 to 9),
+    With logits z of the student, constant in p, and w of the teacher (Eqs. 1, 2 and 6 to 9),
 
         q = softmax(z / tau)     p = softmax((beta w + (1 - beta) z) / tau)
         loss = sum over tokens of  alpha CE(z, target) + (1 - alpha) tau^2 Div(q, p)"""
@@ -691,7 +691,7 @@ class FusedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss, _):
         """Multiply the gradients by d_loss, the caller's 1 / tokens (and fp16's scale).
-        Before the matmuls it would round fp16 gradients to 0."""
+        If that came before the matmuls, fp16 gradients would round to 0."""
         gradients = [each * d_loss for each in ctx.saved_tensors]
         return *gradients, *[None] * 5
 
@@ -718,7 +718,7 @@ class Coach:
 def lr_at(step, steps, settings):
     """Return the learning rate of a step, of `steps` in all. <- differs (5): the paper's cosine has
     T_max = 500; in steps, that means down and up again every 1,000 steps."""
-    if step < settings.warmup:                                  # a line from 0 up to the peak
+    if step < settings.warmup:                                  # a line up to the peak
         return settings.lr * (step + 1) / (settings.warmup + 1)
     half = settings.t_max or max(1, steps - settings.warmup)    # then a cosine down to 0
     done = (step - settings.warmup) / half
