@@ -1038,7 +1038,7 @@ class Settings:
     beta_by: str = setting("epoch", "Move it each epoch (Eq. 3), or each step.", ("epoch", "step"))
     reduction: str = setting("token", "Divergence: mean, or sum of a row.", ("token", "batchmean"))
     fkl_weight: float = setting(0.5, "Share of forward KL in fkl+rkl.", high=1)
-    mu: float = setting(0.5, "Teacher's mass in the likely tokens of akl and akl-r.", high=1)
+    mu: float = setting(0.5, "Teacher's mass in akl's and akl-r's likely tokens.", high=0.999)
     skew: float = setting(0.1, "Share of p (skl) or q (srkl) mixed in.", low=1e-3, high=0.999)
     jsd_beta: float = setting(0.5, "Share of the teacher in jsd's mixture.", low=1e-3, high=0.999)
     gamma: float = setting(0.5, "Weight of the rest in drkl.", low=1e-3, high=1e3)
@@ -1141,6 +1141,7 @@ def load_vocabulary(path):
     files = {"tokenizer.json": path.read_bytes()}
     with reading(path):
         tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
+        tokenizer.encode("\U0010ffff")          # some have no token for what they do not know
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True          # a "<s>" in a text is three characters
@@ -1186,7 +1187,6 @@ def read_corpus(settings, cache):
     dev = read_text(Path(settings.dev or settings.text), r".*\.dev|dev\.txt")
     need(train, f"{settings.text} holds no *.train and no *.txt: expected text.")
     need(dev or not settings.dev, f"{settings.dev} holds no *.dev and no dev.txt: expected text.")
-
     texts = [train, dev] if settings.keep == "best" else [train]    # what decides what is learnt
     text = digest(*("\n".join(lines).encode() for lines in texts))
     folder = Path(settings.tokenizer)
@@ -2206,7 +2206,7 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
     out = out or Path("runs", name)
     names = {path.name for path in out.glob("*")}
     filled = [path for path in out.glob("[!.]*") if path.is_dir() or path.stat().st_size]
-    need({"run.json", "log.jsonl"} <= names or not filled,
+    need({"run.json", "log.jsonl"} <= names or not filled and not out.is_file(),
          f"{out} already holds files that are no run: choose another --out.")
     need(overwrite or resume or not names & {"model.safetensors", "run.json"}, f"{out} already "
          "holds a run: choose another --out, or add --overwrite to replace it, or --resume to go "

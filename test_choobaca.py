@@ -493,13 +493,13 @@ def test_neither_level_nor_size_costs_a_digit(name):
     """GPT-2's logits lie near -100; a sure model and one that is not; equal models are at 0."""
     (z, w), targets = randn(2, 64, 57).float(), some_ids(64, 1, V=57)
     assert near(name, z + 100, w - 300, targets)
-    for scale in (0.1, 5.0, 100.0):
+    for scale in (0.1, 100.0):
         assert all(x.abs().max() < 1e-6 for x in divergence(name, scale * z, scale * z, targets))
     z, w = randn(2, 8, 16_000).float()
     for scale in (0.01, 8.0):
         assert near(name, scale * z, 0.08 / scale * w, some_ids(8, 1, V=16_000))
 
-@mark.parametrize("tau", [0.5, 9.0, 30.0])
+@mark.parametrize("tau", [0.5, 30.0])
 def test_no_temperature_breaks_the_loss(tau):
     """softmax(z / tau) to the power of tau has no number left for it at such sizes."""
     one, head = torch.eye(3).requires_grad_(), (0.3 * randn(20_000, 3).float()).requires_grad_()
@@ -522,7 +522,7 @@ def test_a_student_that_is_sure_or_rules_the_target_out(name, dtype, tolerance):
 def test_the_likely_tokens_are_the_fewest_that_reach_mu():
     """One at least; what ties with the last one is likely, too; of equal models, one half."""
     p, q = randn(2, 99, 5).softmax(-1)
-    for mu in (0.0, 0.1, 0.5, 0.9, 1.0):
+    for mu in (0.0, 0.5, 1.0):
         assert alike(c.likely_share(q, p, mu)[:, 0], literal_share(q.log(), p.log(), mu)), mu
         assert (c.likely_share(p, p, mu) == 0.5).all()
     tied = torch.tensor([[0.4, 0.2, 0.2, 0.2], [0.1, 0.3, 0.3, 0.3]])
@@ -1471,15 +1471,16 @@ def test_every_flag_has_help_and_stands_once():
 
 BAD = {                         # the command and its exit code: what the user did, what is said
     ("train -o out -c bad.toml", 1): {
-        "betta = 1": "'betta' is no key here: train --help", "lr = ''": "lr is '': expected",
-        "layers = true": "layers is True: exp", "lr = nan": "lr is nan", "teacher = 3": "bad.toml",
-        "lr =": "bad.toml", 'base = "no"': "no: No such file", 'base = "bad.toml"': "recursion",
+        "betta = 1": "'betta' is no key here: train --help", "lr =": "bad.toml",
+        "layers = true": "layers is True: exp", "lr = nan": "lr is nan", 'base = "no"': "no: No such file", 'base = "bad.toml"': "recursion",
         "[[teacher]]\ntext = ''": "teacher 1: 'text' is no", f"lr = 1{'0' * 400}": "lr is 10",
         'text = "a\\u0000b"': "without a NUL", 
         "[teacher]\nwidth = 3": "expected [[teacher", 'base = "\\u0000"': "null byte",
         'text = "~no/x"': "~no/x does not ex"},
     ("train -o out -c brief.toml --text text", 1): {
         "": "a.txt is empty", "good \udcff bad": "0xff in position 5", "short": "less than a batc"},
+    ("train -o out -c brief.toml --tokenizer bad.toml", 1): {
+        '{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}}': "bad.toml is dama"},
     ("train -o out -c brief.toml {}", 1): {
         "--text no": "no does not exist", "--text .": "no *.train", "--dev .": "holds no *.dev",
         "--tokenizer no": "no: No such file", "--tokenizer brief.toml": "brief.toml is damaged",
@@ -1492,6 +1493,7 @@ BAD = {                         # the command and its exit code: what the user d
     ("train -o out {}", 2): {
         "--lr fast": "'fast' is not a valid", "--objective magic": "'magic' is not one of 'ce', "},
     ("{}", 1): {
+        "train -o bad.toml": "files that are no run",
         "eval-blimp": "no finished run in runs/", "eval-blimp -m no": "no holds no finished",
         "eval-blimp -d no -m x": "no holds no minimal", "compare a b": "no scores of the same",
         "sample a --temperature nan": "expected 0, or"}}
