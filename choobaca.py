@@ -1034,7 +1034,7 @@ class Settings:
     temperature: float = setting(2.0, "tau, which divides logits (Eqs. 6, 7).", low=0.5, high=1000)
     alpha: float = setting(0.5, "Weight of cross-entropy; the rest is divergence (Eq. 9).", high=1)
     beta: float = setting(1.0, "Teacher's share of the mixed logits (Eq. 2); 1: no mixing.", high=1)
-    beta_end: float = setting(-1.0, "Where beta ends, at least 0.1; -1: it stays.", low=-1, high=1)
+    beta_end: float = setting(-1.0, "Where beta goes, but over 0.1; -1: it stays.", low=-1, high=1)
     beta_by: str = setting("epoch", "Move it each epoch (Eq. 3), or each step.", ("epoch", "step"))
     reduction: str = setting("token", "Divergence: mean, or sum of a row.", ("token", "batchmean"))
     fkl_weight: float = setting(0.5, "Share of forward KL in fkl+rkl.", high=1)
@@ -1856,8 +1856,8 @@ def read_pairs(folder, sample=0, rule="2024"):
         names = lines.pop(0) if path.suffix != ".jsonl" and lines else None
         pairs += [read_pair(line, path, number, rule, names)
                   for number, line in enumerate(lines, 1 if names is None else 2) if line.strip()]
-    need(pairs, f"{folder} holds no minimal pairs, *.jsonl, *.tsv, *.csv: see data/download.py; to "
-         "train without any: --pairs none.")
+    need(pairs, f"{folder} holds no minimal pairs: *.jsonl or, below a line of names, *.tsv, *.csv "
+         "(see data/download.py); to train without any: --pairs none.")
     return pairs[::max(1, round(len(pairs) / sample)) if sample else 1]
 
 def mean_row(rows):

@@ -1472,15 +1472,16 @@ def test_every_flag_has_help_and_stands_once():
 BAD = {                         # the command and its exit code: what the user did, what is said
     ("train -o out -c bad.toml", 1): {
         "betta = 1": "'betta' is no key here: train --help", "lr =": "bad.toml",
-        "layers = true": "layers is True: exp", "lr = nan": "lr is nan", 'base = "no"': "no: No such file", 'base = "bad.toml"': "recursion",
+        "layers = true": "layers is True: exp", "lr = nan": "lr is nan",
+        'base = "no"': "no: No such file", 'base = "bad.toml"': "recursion",
         "[[teacher]]\ntext = ''": "teacher 1: 'text' is no", f"lr = 1{'0' * 400}": "lr is 10",
-        'text = "a\\u0000b"': "without a NUL", 
+        'text = "a\\u0000b"': "without a NUL",
         "[teacher]\nwidth = 3": "expected [[teacher", 'base = "\\u0000"': "null byte",
         'text = "~no/x"': "~no/x does not ex"},
     ("train -o out -c brief.toml --text text", 1): {
         "": "a.txt is empty", "good \udcff bad": "0xff in position 5", "short": "less than a batc"},
     ("train -o out -c brief.toml --tokenizer bad.toml", 1): {
-        '{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}}': "bad.toml is dama"},
+        '{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}}': "bad.toml is da"},
     ("train -o out -c brief.toml {}", 1): {
         "--text no": "no does not exist", "--text .": "no *.train", "--dev .": "holds no *.dev",
         "--tokenizer no": "no: No such file", "--tokenizer brief.toml": "brief.toml is damaged",
