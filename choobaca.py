@@ -2084,11 +2084,11 @@ def plan_runs(out, folders, settings, described, corpus, device):
              f"--batch-size {rows} evenly: take another number of either.")
     return runs
 
-def idle_flags(settings, flags):
-    """Return the flags that have no effect on this run."""
+def idle_flags(settings, flags, described):
+    """Return the flags that have no effect on this run, of which these teachers are trained."""
     constant = DIVERGENCES.get(settings.objective, (None, None))[1]
     idle = settings_between("temperature" if settings.objective == "ce" else "fkl_weight", "gamma")
-    idle += ["vocab_size"] * bool(settings.tokenizer) + ["teacher_steps"] * (not settings.teachers)
+    idle += ["vocab_size"] * bool(settings.tokenizer) + ["teacher_steps"] * (not described)
     idle += ["tokenizer", *settings_between("model_type", "dropout")] if settings.init else []
     return ["--" + name.replace("_", "-") for name in idle
             if name != constant and flags[name] is not None]
@@ -2200,7 +2200,7 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
     device = choose_device(settings.device)
     threads = 1 if settings.width < 128 else torch.get_num_threads()    # see data/results.md
     torch.set_num_threads(settings.threads or threads)
-    for flag in idle_flags(settings, flags):
+    for flag in idle_flags(settings, flags, described):
         echo(f"{flag} has no effect here.", err=True)
     name = f"{config.stem}-{settings.objective}-{settings.teachers}-seed{settings.seed}"
     out = out or Path("runs", name)
