@@ -502,7 +502,7 @@ def forward_kl(q, p, r, c, _):
 
 def reverse_kl(q, p, r, c, _):
     """KL(q || p) = sum q (r + c), with gradient q (r + c - KL) (AKL paper, Eq. 6). MiniLLM's and
-    the paper's "single-step decomposition", E_q[r grad log q], is this on given text."""
+    the paper's "single-step decomposition", E_q[r grad log q], is this gradient on given text."""
     value, gradient = softmax_backward_(q, r)
     return value + c + p.sub_(q).sum(-1, True), gradient
 
@@ -528,7 +528,7 @@ CLOSED_FORMS = {"fkl": forward_kl, "rkl": reverse_kl, "fkl+rkl": forward_and_rev
 #   ->  loss, cross-entropy and tau^2 divergence, summed over the N tokens
 #
 # Each chunk of rows is finished in the forward pass: its logits and the teacher's are made, turned
-# into the gradient, multiplied back, forgotten. The loss comes last: backward scales gradients.
+# into the gradient, multiplied back, forgotten. The loss is last: backward only scales gradients.
 #
 #   hidden (N, C)         head (V, C)       plain_loss, 4,096 x 16,000: 8 arrays of 262 MB at once
 #      | n rows              |              FusedLoss (rkl), 14 chunks, n = 293: 2 to 4 of 19 MB
@@ -563,8 +563,8 @@ def gradient_of_logits(z, w, targets, tau, alpha):
 def divergence_(settings, beta, u, v, targets):
     """Return the objective's divergence (n, 1) and its gradient with respect to u (n, V).
 
-    u's rows must have maximum 0; v is overwritten. The student's part of the mixture is constant:
-    <- differs (4). So log q - log p is beta (z - w) / tau + a number, which drops out: under
+    u's rows must have maximum 0; v is overwritten. The student's part of the mixture is constant
+    <- differs (4): log q - log p is beta (z - w) / tau + a number, which drops out. So under
     reverse KL the gradient is beta times the unmixed one: "mixing outputs" is a weight on the
     distillation, and Eq. 3 its schedule. The value shrinks by roughly beta^2: do not compare mixed
     runs' `kl` with unmixed ones'. Forward KL is not so simple."""
@@ -605,7 +605,7 @@ def logits_to_gradient_(settings, beta, u, v, targets):
     return torch.cat([ce, tau**2 * value.double()], 1)
 
 BLOCK = 2**17       # logits that a core turns into gradients at once: measured to stay in its cache
-CHUNK = {"cpu": 304, "cuda": 2048}      # rows of logits at once: more need memory and save no time
+CHUNK = {"cpu": 304, "cuda": 2048}      # rows of logits at once: more cost memory and save little
 
 @functools.cache
 def compiled(function):
@@ -1034,7 +1034,7 @@ class Settings:
     temperature: float = setting(2.0, "tau, which divides logits (Eqs. 6, 7).", low=0.5, high=1000)
     alpha: float = setting(0.5, "Weight of cross-entropy; the rest is divergence (Eq. 9).", high=1)
     beta: float = setting(1.0, "Teacher's share of the mixed logits (Eq. 2); 1: no mixing.", high=1)
-    beta_end: float = setting(-1.0, "Where beta goes, but over 0.1; -1: it stays.", low=-1, high=1)
+    beta_end: float = setting(-1.0, "Beta's goal, kept >= 0.1; -1: it stays.", low=-1, high=1)
     beta_by: str = setting("epoch", "Move it each epoch (Eq. 3), or each step.", ("epoch", "step"))
     reduction: str = setting("token", "Divergence: mean, or sum of a row.", ("token", "batchmean"))
     fkl_weight: float = setting(0.5, "Share of forward KL in fkl+rkl.", high=1)
@@ -1141,7 +1141,7 @@ def load_vocabulary(path):
     files = {"tokenizer.json": path.read_bytes()}
     with reading(path):
         tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
-        tokenizer.encode("\U0010ffff")          # some have no token for what they do not know
+        tokenizer.encode("\U0010ffff")          # fails where unknown text has no token
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True          # a "<s>" in a text is three characters
@@ -2150,7 +2150,7 @@ class Cli(click.Group):
             need(not re.search("MemoryError|DefaultCPUAllocator", text), "out of memory: in "
                  "training, give a smaller --micro-batch (rows at once; 0 is all), which does the "
                  "job of activation checkpointing, or --chunk; else a smaller model or sample.")
-            need(not re.search("triton", text, re.I), "no working Triton here: add --no-compile.")
+            need(not re.search("triton (inst|GPU)", text), "no working Triton: add --no-compile.")
             need(not re.search("gloo|nccl|device ordinal", text, re.I), "another process of this "
                  f"run has ended, or has no GPU ({text.splitlines()[0]}): start all of them again.")
             raise
