@@ -138,7 +138,7 @@ class Vocabulary(NamedTuple):
     """A tokenizer and the files that belong to it."""
     tokenizer: Tokenizer
     prefix_id: int                  # the token that stands before a sentence
-    files: dict[str, bytes]         # tokenizer.json and the small files beside it
+    files: dict                     # names and bytes: tokenizer.json and the small files beside it
 
     @property
     def size(self):
@@ -161,8 +161,7 @@ def train_tokenizer(lines, vocab_size):
     lines = tqdm(lines, "vocabulary", leave=False, unit=" lines")
     short = (re.sub(r"(\S{1000})\S+", r"\1", line) for line in lines)
     tokenizer.train_from_iterator(short, trainer)
-    # other tools that ask for special tokens get <s> in front of a text
-    prefix = [("<s>", tokenizer.token_to_id("<s>"))]
+    prefix = [("<s>", tokenizer.token_to_id("<s>"))]        # other tools get it before a text
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", prefix)
     return tokenizer
 
@@ -183,7 +182,6 @@ def encode(vocabulary, lines, prefix):
         text = tokenizer.to_str().replace('"add_prefix_space":true', '"add_prefix_space":false')
         tokenizer = Tokenizer.from_str(text)        # a copy that adds no space to a text
         tokenizer.encode_special_tokens = True      # a "<s>" in a text is three characters
-
     dtype = np.uint16 if vocabulary.size <= 2**16 else np.uint32
     pieces = [np.zeros(0, dtype)]
     for i in tqdm(range(0, len(lines), 10_000), "encoding", unit=" x 10,000 lines", leave=False):
@@ -405,7 +403,6 @@ def likely_share(q, p, mu):
     mass = rising.cumsum(-1)
     unlikely = torch.searchsorted(mass, mass[:, -1:] - mu, right=True)  # how many sum to <= 1 - mu
     least = rising.gather(1, unlikely.clamp_(max=V - 1))                # p of the last likely one
-
     gap = (p - q).abs()
     total = gap.sum(-1, True)
     mask = torch.ge(p, least, out=rising)                               # faster than a bool mask
@@ -763,8 +760,7 @@ def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype, 
                 coach.head if coach else None, settings, beta)
         scaler.scale(loss / tokens).backward()
         losses += torch.cat([loss.detach().double()[None], parts]) / tokens
-    # the sum over processes: one flat all-reduce of the gradients
-    if shared:
+    if shared:                                  # the sum over processes, in one all-reduce
         gradients = [parameter.grad for parameter in model.parameters()]
         flat = nn.utils.parameters_to_vector(gradients)
         dist.all_reduce(flat)
@@ -788,8 +784,8 @@ def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype, 
 #     The donkey with the pigs jump.    -24.50 nats      though "pigs" is next to the verb
 
 class Pair(NamedTuple):
-    good: tuple[str, str]           # what is given, and what is scored after it
-    bad: tuple[str, str]
+    good: tuple                     # what is given, and what is scored after it
+    bad: tuple
     paradigm: str
     phenomenon: str
     file: Path
@@ -1112,7 +1108,7 @@ class Corpus(NamedTuple):
     train: np.ndarray               # (tokens,)
     dev: np.ndarray                 # (tokens,), empty where no text is held out
     words: int                      # of the training text, between spaces: BabyLM's unit
-    digests: dict[str, str]         # of the text and the tokenizer
+    digests: dict                   # of the text and the tokenizer
 
 def read_text(folder, names):
     """Read the lines, stripped and not empty, of the UTF-8 files whose names match, in order."""
@@ -1145,8 +1141,7 @@ def load_vocabulary(path):
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True          # a "<s>" in a text is three characters
-    # the prefix token, as transformers 5 would choose: a file's bos_token or eos_token, or an id
-    roles = {}
+    roles = {}                  # of the prefix token, as transformers 5 would choose it
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         beside = path.with_name(name)
         if beside.exists():
@@ -1246,9 +1241,7 @@ class GPT2(nn.Module):
         self.ln_f = nn.LayerNorm(config.width, config.norm_eps)
         self.lm_head = None if config.tied else nn.Linear(config.width, vocab_size, bias=False)
 
-    @property
-    def head(self):
-        return (self.lm_head or self.wte).weight
+    head = property(lambda self: (self.lm_head or self.wte).weight)
 
     def hidden(self, ids, cache=None, tree=None):                   # cache and tree: as in Llama
         positions = tree.depth if tree else torch.arange(ids.shape[1], device=ids.device)
@@ -1456,8 +1449,7 @@ def step_dtype(settings, device):
 @torch.no_grad()
 def held_out_loss(model, ids, settings, dtype=torch.float32):
     """Return held-out cross-entropy, nats a token; None for less than a row. Matmuls in dtype."""
-    # The rows of T tokens are fixed: all of them, or every k-th where fewer tokens are asked for.
-    T = settings.context
+    T = settings.context            # the rows are fixed: all, or every k-th for fewer tokens
     every = max(1, round(len(ids) / settings.dev_tokens)) if settings.dev_tokens else 1
     starts = np.arange(0, len(ids) - T, T)[::every]
     was_training = model.training
@@ -1484,7 +1476,7 @@ class Run:
     name: str
     out: Path
     settings: Settings
-    teachers: tuple["Run", ...] = ()
+    teachers: tuple = ()            # of Run
     given: bool = False             # by --teacher: not ours to train
 
     @property
@@ -1498,7 +1490,7 @@ def describe_run(run, corpus, device):
     weights = [weight for folder in given for weight in weights_digests(Path(folder))]
     return {"argv": sys.argv[1:], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "settings": asdict(run.settings), "teachers": given[:len(run.teachers)],
-            "digests": {**corpus.digests, "weights": weights, "code": file_digest(Path(__file__))},
+            "digests": {**corpus.digests, "weights": weights, "code": file_digest(__file__)},
             "words": corpus.words, "checkpoints": checkpoint_steps(corpus, run.settings),
             "machine": {"device": device, "processes": rank_and_size()[1],
                         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
@@ -1644,10 +1636,10 @@ def locked_log(folder, wait):
         yield log
 
 class RecordedStep:
-    """train_step as a CUDA graph: its thousand kernels are recorded once for each beta, and a later
-    step is one launch. Launching them singly takes Python longer than a GPU takes to run them."""
+    """Record train_step as a CUDA graph, for one launch: a thousand take longer than the work."""
 
-    calls, beta = 0, None
+    calls = 0
+    beta = None
 
     def __call__(self, model, optimizer, coach, inputs, targets, settings, beta, *rest):
         groups = optimizer.param_groups
@@ -1714,8 +1706,7 @@ def fit(run, corpus, device, log, resume=False):
     late = []                                           # steps that are not in the log yet
     folders = checkpoint_steps(corpus, settings)
     with bar, signals_kept() as received:
-        for step in range(first, steps):
-            # one step: a function of its number, the weights, the optimizer; nothing else
+        for step in range(first, steps):    # each depends on its number, weights and optimizer
             last = step + 1 == steps
             lr = lr_at(step, steps, settings)
             beta = beta_at(step, steps, per_epoch, settings)
@@ -1729,16 +1720,14 @@ def fit(run, corpus, device, log, resume=False):
             line = {"step": step + 1, "epoch": (step + 1) / per_epoch,
                     "words": round(words_read(step + 1, corpus, settings)), "lr": lr}
             line |= {"beta": beta} if coach else {}
-            late.append((line, row))
+            late.append((line, row))                    # to be logged a step late, if it can be
             number = stop_signal(received, device)
             due = number or time.monotonic() - saved > 60 * settings.save_minutes
-            look = last or (step + 1) % look_every == 0
-            # its line in the log, one step late where it can be: a GPU never waits for us
+            look = last or (step + 1) % look_every == 0 # at held-out text, which changes nothing
             while len(late) > (0 if look or due or step + 1 in folders.values() else 1):
                 seconds = time.perf_counter() - started
                 old_line, old_row = late.pop(0)
                 write_step(run, old_line | {"seconds": seconds}, old_row, scaler, log, bar)
-            # now and then the held-out loss, which changes nothing, and the folders asked for
             dev_loss = held_out_loss(model, corpus.dev, settings, dtype) if look else None
             if dev_loss is not None:
                 need(math.isfinite(dev_loss),
@@ -1750,8 +1739,7 @@ def fit(run, corpus, device, log, resume=False):
             for name, at in folders.items():
                 if rank == 0 and at == step + 1:
                     save_model(run.out / name, model, corpus.vocabulary)
-            # a checkpoint every few minutes, and before we obey a signal
-            if due and not last and rank == 0:
+            if due and not last and rank == 0:      # every few minutes, and before we obey a signal
                 log.flush()
                 os.fsync(log.fileno())
                 progress |= {"step": step + 1, "seconds": seconds, "logged": log.tell()}
@@ -1793,9 +1781,8 @@ def write_on(model, rows, ends, length, generator, temperature=1.0):
         if temperature:
             p = (logits / temperature).softmax(-1)
             ids = torch.multinomial(p, 1, generator=generator)
-        # rows that ended leave the batch, and the cache
         keep = ~torch.isin(ids[:, 0], torch.tensor(ends, device=device))
-        going = going[keep]
+        going = going[keep]                                 # the others leave batch and cache
         padding = padding[keep]
         ids = ids[keep]
         if not len(ids):
@@ -1871,26 +1858,41 @@ def summarise(pairs, scores):
     paradigms = {}
     groups = group_by(range(len(pairs)), lambda i: pairs[i].paradigm)
     for uid, members in groups.items():
-        own = scores[members]
-        right, n = own[:, 0] >= own[:, 1], len(members)           # a tie counts
+        good, bad = scores[members].T
+        right = good >= bad                                         # a tie counts
+        n = len(members)
         paradigms[uid] = {"phenomenon": pairs[members[0]].phenomenon,
                           "accuracy": right.mean(), "n": n,
                           "stderr": right.std() / math.sqrt(n - 1) if n > 1 else 0.5,
-                          "ties": int(np.sum(own[:, 0] == own[:, 1]))}
+                          "ties": int(np.sum(good == bad))}
     terms = sorted(group_by(paradigms.values(), lambda row: row["phenomenon"]).items())
     return {**mean_row(list(paradigms.values())), "paradigms": paradigms,
             "phenomena": {term: mean_row(rows) for term, rows in terms}}
 
+def scores_file(folder, suite, pairs):
+    """Return where a model's scores of these pairs are kept, and the line before them."""
+    named = json.dumps([pair[:4] for pair in pairs])        # a sample does not replace the whole
+    files = [file_digest(path) for path in [__file__, *sorted(folder.glob("*.json"))]]
+    facts = {"pairs": len(pairs), "weights": weights_digests(folder), "files": files}
+    path = folder / f"{suite}-{digest(named.encode())[:8]}.jsonl"
+    return path, json.dumps(facts).encode()
+
+def kept_scores(folder, suite, pairs):
+    """Return what keep_scores wrote, by the same code, for the same model and pairs; else None."""
+    path, first = scores_file(folder, suite, pairs)
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    if lines[:1] == [first] and len(lines) > len(pairs):
+        with reading(path):
+            rows = map(json.loads, lines[1:])
+            return [(row["good"], row["bad"]) for row in rows]
+
 def keep_scores(folder, suite, pairs, scores):
     """Write a model's scores to its folder: a line with count and hashes, then a line a pair."""
-    lines = [{"pairs": len(pairs), "weights": weights_digests(folder)}]
-    for pair, (good, bad) in zip(pairs, scores.tolist()):
-        lines.append({"phenomenon": pair.phenomenon, "paradigm": pair.paradigm, "line": pair.line,
-                      "good": good, "bad": bad})
-    # A hash of the pairs in the name keeps a sample from replacing the whole.
-    named = json.dumps([pair[:4] for pair in pairs])
-    with written_whole(folder / f"{suite}-{digest(named.encode())[:8]}.jsonl") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines).encode())
+    path, first = scores_file(folder, suite, pairs)
+    rows = [{"phenomenon": pair.phenomenon, "paradigm": pair.paradigm, "line": pair.line,
+             "good": good, "bad": bad} for pair, (good, bad) in zip(pairs, scores.tolist())]
+    with written_whole(path) as file:
+        file.write(b"\n".join([first, *(json.dumps(row).encode() for row in rows), b""]))
 
 def pairs_table(results, paradigms):
     """Lay out the summaries of models on the same pairs, side by side, in percent."""
@@ -1925,11 +1927,9 @@ def read_scores(path):
     """Read phenomenon, paradigm, line of each pair and 1 or 0, or the `score` that data/ wrote."""
     with reading(path):
         facts, *lines = map(json.loads, path.read_bytes().splitlines())
-        names, scores = [], []
-        for line in lines:
-            names.append((str(line["phenomenon"]), str(line["paradigm"]), line["line"]))
-            score = line["score"] if "score" in line else line["good"] >= line["bad"]
-            scores.append(float(score))
+        names = [(str(line["phenomenon"]), str(line["paradigm"]), line["line"]) for line in lines]
+        scores = [float(line["score"] if "score" in line else line["good"] >= line["bad"])
+                  for line in lines]
         need(len(names) == facts["pairs"] > 0 and facts["weights"] == weights_digests(path.parent),
              f"{path} is cut off, or of other weights than those beside it: score it again.")
     return names, np.array(scores)
@@ -1939,14 +1939,12 @@ def confidence_interval(differences):
     # Pairs of a paradigm are alike: Student's t over paradigms' means; of one or two, over pairs.
     means = np.array([difference.mean() for difference in differences])
     sample = means if len(means) > 2 else np.concatenate(differences)
-    n = len(sample)
-    error = sample.std(ddof=1) / math.sqrt(n) if n > 1 else 1.0
-    # Student's t has the 97.5 % quantile sqrt(df) tan(angle), of an angle of density cos^(df - 1).
-    df = max(1, n - 1)
+    # Student's t: sqrt(df) tan(angle) times std / sqrt(df), the angle of density cos^(df - 1).
+    df = len(sample) - 1
     angle = np.linspace(0, math.pi / 2, 20_000)
     mass = np.cumsum(np.cos(angle) ** (df - 1))
     quantile = angle[np.searchsorted(mass, 0.95 * mass[-1])]
-    reach = error * math.sqrt(df) * math.tan(quantile)
+    reach = sample.std() * math.tan(quantile) if df else 2.0
     ends = np.array([-reach, reach]) + means.mean()
     return ends.clip(-1, 1).tolist()
 
@@ -2102,7 +2100,8 @@ def print_results(runs, trained, corpus, pairs, device):
         found = "" if loss is None else f", held-out loss {loss:.4f} nats a token"
         lines.append(f"{run.name:<9} {run.out}{found}")
         if pairs:
-            scores = score_pairs(model, corpus.vocabulary, pairs, f"scoring {run.out}")
+            scores = np.array(kept_scores(run.out, "blimp", pairs) or score_pairs(
+                model, corpus.vocabulary, pairs, f"scoring {run.out}"))
             results[run.name] = summarise(pairs, scores)
             found += f", {results[run.name]['accuracy']:.1%} of minimal pairs right"
             if not run.given:               # a given folder may be somebody else's
@@ -2262,12 +2261,14 @@ def eval_blimp_command(folder, data, suite, rule, sample, device, as_json):
     data = data or (kept if kept.exists() or suite != "blimp" else TINY / suite)
     pairs = read_pairs(data, sample, rule)
     model, vocabulary = load_model(folder, choose_device(device))
-    scores = score_pairs(model, vocabulary, pairs, f"scoring {folder}", rule)
+    kind = suite if rule == "2024" else f"{rule}-{suite}"
+    scores = np.array(kept_scores(folder, kind, pairs)
+                      or score_pairs(model, vocabulary, pairs, f"scoring {folder}", rule))
     result = summarise(pairs, scores)
     found = {"model": str(folder), "data": str(data).removeprefix(f"{HOME}/"), **result}
     table = f"{folder} on {found['data']}, rule {rule}\n\n{pairs_table({'accuracy': result}, True)}"
     echo(json.dumps(found, indent=2) if as_json else table)
-    keep_scores(folder, suite if rule == "2024" else f"{rule}-{suite}", pairs, scores)
+    keep_scores(folder, kind, pairs, scores)
 
 @cli.command("compare", short_help="Say whether a model is better than another, or lucky.")
 @click.argument("first", type=location)
@@ -2325,9 +2326,8 @@ def sample_command(run, prompt, tokens, temperature, count, seed, out, device):
     room = model.config.positions - len(start) + 1      # the last token drawn needs no position
     need(room > 0, f"--prompt has {len(start):,} tokens with the prefix: expected at most the "
          f"model's {model.config.positions:,} positions.")
-    # a line ends before the next prefix token, at a line break, or at the model's eos
-    ends = [*newline, vocabulary.prefix_id]
-    ends += [i for i in eos if type(i) is int and 0 <= i < len(model.head)]
+    ends = [*newline, vocabulary.prefix_id]         # where a line ends: also at the model's eos
+    ends += [i for i in eos if i in range(len(model.head))]
     rows = [start] * (256 if out else count)
     generator = torch.Generator(model.head.device).manual_seed(seed)
     lines = []
