@@ -903,9 +903,8 @@ def score_tries(model, tries):
     sees = below | torch.eye(T, dtype=torch.bool)       # padding sees itself: no softmax is empty
     tree = Tree(depth.to(device), sees[:, None].to(device))
     hidden = model.hidden(ids.to(device), tree=tree).flatten(0, 1)                      # (B * T, C)
-    rows = [b * T + i for b, trie in enumerate(tries) for i, _ in trie.edges]
-    rows = torch.tensor(rows, device=device)
-    targets = torch.tensor([target for trie in tries for _, target in trie.edges], device=device)
+    edges = [(b * T + i, target) for b, trie in enumerate(tries) for i, target in trie.edges]
+    rows, targets = torch.tensor(edges, device=device).T
     scores = token_log_probabilities(hidden, model.head, rows, targets, chunk=256)
     scores = scores.double().cpu().numpy()
     sizes = [len(trie.edges) for trie in tries]
@@ -2088,7 +2087,8 @@ def idle_flags(settings, flags, described):
     idle = settings_between("temperature" if settings.objective == "ce" else "fkl_weight", "gamma")
     idle += ["vocab_size"] * bool(settings.tokenizer) + ["teacher_steps"] * (not described)
     idle += ["tokenizer", *settings_between("model_type", "dropout")] if settings.init else []
-    return ["--" + name.replace("_", "-") for name in idle
+    idle += ["beta_by"] * (settings.beta_end < 0)
+    return ["--" + name.replace("_", "-") for name in dict.fromkeys(idle)
             if name != constant and flags[name] is not None]
 
 def print_results(runs, trained, corpus, pairs, device):

@@ -938,8 +938,9 @@ def test_a_run_says_what_it_is(here):
     assert "Text: brief, 14,270 words\n- Teachers: none" in card and str(here) not in card
     told = train("b", "--pairs none").stdout
     assert re.match("model +b, held-out loss", told) and not list(here.glob("b/blimp-*"))
-    for flags in ("--beta 0.7 --objective ce", "--width 32 --init a", "--tokenizer a --init a",
-                  "--teacher-steps 3", "--teacher-steps 3 --objective rkl --teacher a"):
+    for flags in ("--beta-by step --objective rkl --teacher a", "--beta 0.7 --objective ce",
+                  "--width 32 --init a", "--tokenizer a --init a", "--teacher-steps 3",
+                  "--teacher-steps 3 --objective rkl --teacher a"):
         told = train("x", f"--dry-run {flags}").stderr
         assert f"{flags.split()[0]} has no effect here.\n" in told
 
