@@ -15,12 +15,12 @@ Part one is the lesson: plain versions, then fast ones, which tests hold equal u
     1 the idea   2 text to batches   3 LLaMA   4 divergences   5 the fused loss
     6 schedules and one step   7 minimal pairs
 
-Read this first: 1, 4, 5, `train_step` in 6, and the trie in 7. Part two makes a tool of it, and
-needs no reading: 8 files and settings, 9 the corpus, 10 GPT-2, 11 run folders, 12 training,
-13 sampling, 14 tables, 15 the command line. Docstrings give tensors' shapes, in these letters:
+Read this first: 1, 4, 5, `train_step` in 6, the trie in 7; `Settings` in 8 explains each setting.
+Part two makes a tool of it, and needs no reading: 8 files and settings, 9 the corpus, 10 GPT-2,
+11 run folders, 12 training, 13 sampling, 14 tables, 15 the command line. Shapes have these letters:
 
     B batch   T time   N = B * T tokens   C width (C' teacher)   H heads   D = C / H   V vocabulary
-    n rows of a chunk, or a block of it   S keys a query may see   head (V, C): the output matrix
+    n tokens, the rows of a chunk or of a block   S keys, masked or not   head (V, C): output matrix
 
 The paper's temperature is called tau, since T is time. Where we differ from the paper or from
 BabyLlama, whose code it builds on, the place is marked with its number in this list:
@@ -93,19 +93,19 @@ def setting(default, help, choices=(), low=0, high=2**31 - 1, path=False):
 #     reverse KL  sum q log(q / p)   weighs by the student: do not say what the teacher does not
 #
 # A student that is too small to copy the teacher has to give something up. Under forward KL it
-# covers all that the teacher finds likely, even if it must raise what is not. Under reverse KL it
-# keeps to a part (a "mode") that it can get right. The paper asks which is better.
+# covers all that the teacher finds likely, even if that makes other tokens likelier, too. Under
+# reverse KL it can keep to a part (a "mode") that it gets right. The paper asks which is better.
 #
 # Temperature: we divide both models' logits by tau = 2 before the softmax. That flattens both
-# lists, so that small probabilities count, which carry most of what the teacher knows. It makes
-# gradients about tau^2 times smaller: 1 / tau by the chain rule, and another 1 / tau because the
-# flatter lists differ less. The factor tau^2 in the loss makes up for it.
+# lists, so that tokens which the teacher finds unlikely count for more. It also makes gradients
+# smaller: by 1 / tau by the chain rule and, if tau is high, by another 1 / tau, because flatter
+# lists differ less. The factor tau^2 in the loss makes up for it.
 
 def plain_loss(z, w, targets, tau, alpha):
     """Return the loss that is the whole lesson, summed over N tokens (the paper's Eq. 9).
 
-    z, w (N, V) are the student's and the teacher's logits, targets (N,) the tokens that came. It
-    asks for the token that came, and for agreement with the teacher on every token.
+    z, w (N, V) are the student's and the teacher's logits, targets (N,) the tokens that came. The
+    loss asks for the token that came, and for the teacher's probabilities of all V tokens.
 
     We cannot afford it: up to 8 arrays (N, V) at once. FusedLoss in section 5 does without them."""
     ce = F.cross_entropy(z, targets, reduction="sum")           # the text: one right answer
@@ -366,7 +366,7 @@ class Llama(nn.Module):
 #     reverse KL   f = sum q (log q - log p)   k = r + 1    gradient q (r - KL)
 #     forward KL   f = sum p (log p - log q)   k = -p / q   gradient q - p, since sum q k = -1
 #
-# A step goes against the gradient. Four tokens; the student ignores "cat" and overrates "of":
+# A step goes against the gradient. Four tokens; tau is 1, the student lacks "cat", invents "of":
 #
 #                                     dog     cat     car      of
 #     teacher p                      .500    .400    .090    .010
@@ -376,7 +376,7 @@ class Llama(nn.Module):
 #     reverse KL  .669, q (r - KL)  -.091   -.044   -.029    .163    first: lower "of"
 #
 # Forward KL repairs what the student misses, reverse KL what it invents. ("dog" is too likely, but
-# its r is below the KL, so it even rises.) In the end both reach q = p, if the student can.
+# its r is below the KL, so it rises; at tau = 2 it falls.) In the end both find q = p, if they can.
 
 def kl(log_a, log_b):
     """KL(a || b) = sum a log(a / b) of each row: (n, V), (n, V) -> (n,)"""
@@ -391,9 +391,9 @@ def likely_share(q, p, mu):
 
     The likely tokens are the fewest whose p sums to at least mu, as in top-p sampling; what ties
     with the last of them is likely as well. The AKL paper calls them its "head" (Eqs. 11 to 14);
-    its released code counts the token that crosses mu as unlikely."""
-    # Sort each row, rising. Tokens under (1 - mu) / V sum to less than 1 - mu, so none is likely.
-    # We raise them to that, as equal ones sort fast. NumPy sorts 10 times as fast as torch's CPU.
+    its released code counts the one that crosses mu as unlikely, unless it is the likeliest."""
+    # Sort each row, rising. Tokens under (1 - mu) / V sum to less than 1 - mu: none is likely. We
+    # raise them to (1 - mu) / V, as equal ones sort fast. On a CPU NumPy sorts faster than torch.
     V = p.shape[1]
     rising = p.clamp(min=(1 - mu) / V)
     if p.is_cuda:
@@ -417,7 +417,7 @@ def adaptive(log_q, log_p, targets, mu, swapped=False):
     """Weigh forward KL by likely_share, held constant (AKL paper, Eq. 15; swapped, Eq. 16)."""
     q = log_q.detach().exp()
     p = log_p.detach().exp()
-    share = likely_share(q, p, mu)[:, 0]        # the paper: forward KL fits these first
+    share = likely_share(q, p, mu)[:, 0]        # AKL paper: forward KL fits likely tokens first
     return both_ways(log_q, log_p, targets, 1 - share if swapped else share)
 
 def jensen_shannon(log_q, log_p, _, share):
@@ -427,8 +427,8 @@ def jensen_shannon(log_q, log_p, _, share):
     return share * kl(log_p, m) + (1 - share) * kl(log_q, m)
 
 def target_apart(log_q, log_p, targets, gamma):
-    """Reverse KL of target against rest, plus gamma times that within the rest.
-    In plain reverse KL gamma is 1 - q_target: nearly 0 for a student that is sure of it."""
+    """Reverse KL of target against rest, plus gamma times that within the rest (arXiv 2604.00223).
+    In plain reverse KL gamma is 1 - q_target: nearly 0 for a student that is sure of the target."""
     def split(log_x):
         rest = log_x.scatter(1, targets, -1e9)                          # the target has no part
         log_total = rest.logsumexp(-1, True)
@@ -466,7 +466,7 @@ def by_autograd(definition, u, v, targets, constant):
 
 def to_probabilities(u, v):
     """Return q, p and r (n, V), and c (n, 1): log q - log p = r + c. v is overwritten; u's rows
-    must have 0 as maximum. But r is at most 87 in fp32 (exp(-87) is near its least normal number):
+    must have 0 as maximum. r is cut off at 87 in fp32 (exp(-87) is near its least normal number):
     a token that the teacher rules out costs reverse KL much, not infinitely much."""
     v.sub_(v.amax(-1, True))                    # both now have 0 as maximum
     r = (u - v).clamp_(max=-math.log(torch.finfo(u.dtype).tiny))
@@ -499,7 +499,7 @@ def forward_kl(q, p, r, c, _):
 
 def reverse_kl(q, p, r, c, _):
     """KL(q || p) = sum q (r + c), with gradient q (r + c - KL) (AKL paper, Eq. 6). MiniLLM's and
-    the paper's "single-step decomposition", E_q[r grad log q], is this gradient on given text."""
+    the paper's "single-step decomposition", E_q[r grad log q], is this, on text that is given."""
     value, gradient = softmax_backward_(q, r)
     return value + c + p.sub_(q).sum(-1, True), gradient
 
@@ -524,11 +524,12 @@ CLOSED_FORMS = {"fkl": forward_kl, "rkl": reverse_kl, "fkl+rkl": forward_and_rev
 # student hidden (N, C), head (V, C), teacher hidden (N, C'), head (V, C'), targets (N,)
 #   ->  loss, cross-entropy and tau^2 divergence, summed over the N tokens
 #
-# Each chunk of rows is finished in the forward pass: its logits and the teacher's are made, turned
-# into the gradient, multiplied back, forgotten. The loss is last: backward only scales gradients.
+# The forward pass finishes each chunk of rows: it makes its logits and the teacher's, turns them
+# into the gradient, multiplies that back, forgets it. The caller only scales the loss, so backward
+# only scales gradients.
 #
 #   hidden (N, C)         head (V, C)       plain_loss, 4,096 x 16,000: 8 arrays of 262 MB at once
-#      | n rows              |              FusedLoss (rkl), 14 chunks, n = 293: 2 to 4 of 19 MB
+#      | n rows              |              FusedLoss (rkl), 14 chunks of 293 rows: 2 to 4 of 19 MB
 #      v                     v
 #   h (n, C) --- @ head.T / tau --> u (n, V) --- with v, and targets ------------> d_z, same memory
 #                                                                                   |           |
@@ -536,7 +537,7 @@ CLOSED_FORMS = {"fkl": forward_kl, "rkl": reverse_kl, "fkl+rkl": forward_and_rev
 #          d_head (V, C) += .T @ h <------------------------------------------------------------+
 #
 # A row's softmax needs no other row, and a sum's gradient is the sum of the gradients: so chunks
-# change only the rounding. A chunk of 5 is the paper's "step-wise loss", a sum over segments of 5.
+# change only the rounding. The paper's "step-wise loss", if it is a sum, is a chunk of 5.
 
 def loss_weights(settings):
     """Return the weights of cross-entropy and of tau^2 times divergence (Eq. 9)."""
@@ -561,10 +562,10 @@ def divergence_(settings, beta, u, v, targets):
     """Return the objective's divergence (n, 1) and its gradient with respect to u (n, V).
 
     u's rows must have maximum 0; v is overwritten. The student's part of the mixture is constant
-    <- differs (4): log q - log p is beta (z - w) / tau + a number, which drops out. So under
-    reverse KL the gradient is beta times the unmixed one: "mixing outputs" is a weight on the
-    distillation, and Eq. 3 its schedule. The value shrinks by roughly beta^2: do not compare mixed
-    runs' `kl` with unmixed ones'. Forward KL is not so simple."""
+    <- differs (4): log q - log p is beta (z - w) / tau + a number, which drops out. So reverse KL's
+    gradient q (r - KL) is beta times the unmixed one: "mixing outputs" is a weight on it, Eq. 3 the
+    weight's schedule. The value, quadratic in r near q = p, is roughly beta^2 times: do not compare
+    mixed runs' `kl` with unmixed ones'. Forward KL's q - p has no such factor."""
     definition, constant_name = DIVERGENCES[settings.objective]
     constant = getattr(settings, constant_name) if constant_name else None
     if beta < 1:
@@ -607,7 +608,7 @@ CHUNK = {"cpu": 304, "cuda": 2048}      # rows of logits at once: more cost memo
 @functools.cache
 def compiled(function):
     """Compile a function: its elementwise operations are fused into one or two passes."""
-    torch._dynamo.config.recompile_limit = 99       # once for each beta and shape
+    torch._dynamo.config.recompile_limit = 99   # once a beta and shape, so not for beta_by "step"
     # each pass makes its exponentials anew: to write and read them took longer
     anew = {"realize_reads_threshold": 999, "realize_opcount_threshold": 999}
     return torch.compile(function, dynamic=False, options={"online_softmax": False, **anew})
@@ -688,7 +689,7 @@ class FusedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss, _):
         """Multiply the gradients by d_loss, the caller's 1 / tokens (and fp16's scale).
-        If that came before the matmuls, fp16 gradients would round to 0."""
+        If 1 / tokens came before the matmuls, unscaled fp16 gradients would round to 0."""
         gradients = [each * d_loss for each in ctx.saved_tensors]
         return *gradients, *[None] * 5
 
@@ -722,11 +723,11 @@ def lr_at(step, steps, settings):
     return settings.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 def beta_at(step, steps, per_epoch, settings):
-    """Return the teacher's share of the mixed logits, on its way from beta to beta_end (Eq. 3)."""
+    """Return the teacher's share of the mixed logits, moving from beta towards beta_end (Eq. 3)."""
     if settings.beta_end < 0:                                   # it stays
         return settings.beta
     length = per_epoch if settings.beta_by == "epoch" else 1
-    done = (step // length) / math.ceil(steps / length)         # epochs count from 0
+    done = (step // length) / math.ceil(steps / length)         # from 0, so always below 1
     moved = (1 - done) * settings.beta + done * settings.beta_end
     return max(0.1, moved)                                      # the paper's bound
 
@@ -740,8 +741,8 @@ def make_optimizer(model, settings):
 
 def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype, scaler):
     """Take one optimizer step on inputs and targets (B, T), or on this process's share of the rows.
-    Returns (4,): loss, cross-entropy, tau^2 divergence, norm of the gradient. Each micro-batch is
-    divided by the targets of the whole step, so accumulating and sharing change only the rounding.
+    Returns (4,): loss, cross-entropy, tau^2 divergence, norm of the gradient. Each micro-batch's
+    loss is divided by the whole step's targets: accumulating, sharing change only the rounding.
     In fp16 the scaler keeps gradients in range, and leaves out a step where that failed."""
     device = inputs.device.type
     rows = settings.micro_batch or len(inputs)
@@ -752,7 +753,7 @@ def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype, 
     losses = inputs.new_zeros(3, dtype=torch.float64)
     optimizer.zero_grad()
     for ids, target in zip(inputs.split(rows), targets.split(rows)):
-        teacher_hidden = coach.hidden(ids).flatten(0, 1) if coach else None         # (N, C')
+        teacher_hidden = coach.hidden(ids).flatten(0, 1) if coach else None     # (N, C'), own dtype
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             hidden = model(ids).flatten(0, 1)                                       # (N, C)
             loss, parts = FusedLoss.apply(
@@ -760,7 +761,7 @@ def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype, 
                 coach.head if coach else None, settings, beta)
         scaler.scale(loss / tokens).backward()
         losses += torch.cat([loss.detach().double()[None], parts]) / tokens
-    if shared:                                  # the sum over processes, in one all-reduce
+    if shared:                                  # the sum over processes, gradients as one vector
         gradients = [parameter.grad for parameter in model.parameters()]
         flat = nn.utils.parameters_to_vector(gradients)
         dist.all_reduce(flat)
@@ -777,8 +778,8 @@ def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype, 
 # two sentences that differ in one point of grammar: does the model find the good one likelier?
 #
 # The rule is that of the BabyLM 2024 pipeline and of lm-evaluation-harness. A text's score is the
-# sum of its tokens' log-probabilities, each given the prefix token and all before it. A
-# sentence has a leading space. A tie counts for the good sentence. A pair, by the tiny run:
+# sum of its tokens' log-probabilities, each given all before it, from <s> on (EWoK: a context, and
+# no <s>). A sentence has a leading space. A tie counts for the good one. A pair, by one tiny run:
 #
 #     The donkey with the pigs jumps.   -22.65 nats      right, by 1.85 nats,
 #     The donkey with the pigs jump.    -24.50 nats      though "pigs" is next to the verb
@@ -859,9 +860,9 @@ class Trie:
             self.ids.append(ids[depth])
             self.depth.append(depth)
             self.end.append(0)
-        for node in self.path:                          # all above them now end later
+        for node in self.path:                          # they, and all above, end here now
             self.end[node] = len(self.ids)
-        edges = zip(self.path[known - 1:], ids[known:])
+        edges = zip(self.path[known - 1:], ids[known:])     # the last given id predicts the next
         self.sequences[key] = [self.edges.setdefault(edge, len(self.edges)) for edge in edges]
 
 NODES = 128         # in a row: longer ones share more, but their attention costs more (measured)
@@ -877,16 +878,17 @@ def build_tries(lines):
     return tries
 
 @torch.no_grad()
-def token_log_probabilities(hidden, head, rows, targets, chunk):
+def token_log_probabilities(hidden, head, rows, targets):
     """Return log softmax(hidden[row] @ head.T)[target] for each of E rows and targets: (E,).
-    hidden (N, C), head (V, C), rows (E,), targets (E,), `chunk` rows of logits at a time."""
-    scores = torch.empty_like(targets, dtype=hidden.dtype)
+    hidden (N, C), head (V, C), rows (E,), targets (E,), a chunk of the N rows at a time."""
+    chunk = CHUNK[hidden.device.type]
+    scores = torch.empty_like(targets, dtype=torch.float64)         # for exact sums
     for i in range(0, len(hidden), chunk):
         logits = hidden[i:i + chunk] @ head.T                                       # (n, V)
         log_total = logits.logsumexp(-1)
         here = (i <= rows) & (rows < i + chunk)                 # which of the E are in this chunk
         row = rows[here] - i
-        scores[here] = logits[row, targets[here]] - log_total[row]
+        scores[here] = (logits[row, targets[here]] - log_total[row]).double()
     return scores
 
 def score_tries(model, tries):
@@ -905,8 +907,7 @@ def score_tries(model, tries):
     hidden = model.hidden(ids.to(device), tree=tree).flatten(0, 1)                      # (B * T, C)
     edges = [(b * T + i, target) for b, trie in enumerate(tries) for i, target in trie.edges]
     rows, targets = torch.tensor(edges, device=device).T
-    scores = token_log_probabilities(hidden, model.head, rows, targets, chunk=256)
-    scores = scores.double().cpu().numpy()
+    scores = token_log_probabilities(hidden, model.head, rows, targets).cpu().numpy()
     sizes = [len(trie.edges) for trie in tries]
     return np.split(scores, np.cumsum(sizes)[:-1])
 
@@ -1464,8 +1465,7 @@ def held_out_loss(model, ids, settings, dtype=torch.float32):
         targets = targets.flatten()
         rows = torch.where(targets >= 0)[0]
         count += len(rows)
-        total -= token_log_probabilities(hidden.float(), model.head, rows, targets[rows],
-                                         chunk=256).double().sum()
+        total -= token_log_probabilities(hidden.float(), model.head, rows, targets[rows]).sum()
     model.train(was_training)
     return float(total) / count if count else None
 
@@ -1868,30 +1868,14 @@ def summarise(pairs, scores):
     return {**mean_row(list(paradigms.values())), "paradigms": paradigms,
             "phenomena": {term: mean_row(rows) for term, rows in terms}}
 
-def scores_file(folder, suite, pairs):
-    """Return where a model's scores of these pairs are kept, and the line before them."""
-    named = json.dumps([pair[:4] for pair in pairs])        # a sample does not replace the whole
-    files = [file_digest(path) for path in [__file__, *sorted(folder.glob("*.json"))]]
-    facts = {"pairs": len(pairs), "weights": weights_digests(folder), "files": files}
-    path = folder / f"{suite}-{digest(named.encode())[:8]}.jsonl"
-    return path, json.dumps(facts).encode()
-
-def kept_scores(folder, suite, pairs):
-    """Return what keep_scores wrote, by the same code, for the same model and pairs; else None."""
-    path, first = scores_file(folder, suite, pairs)
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    if lines[:1] == [first] and len(lines) > len(pairs):
-        with reading(path):
-            rows = map(json.loads, lines[1:])
-            return [(row["good"], row["bad"]) for row in rows]
-
 def keep_scores(folder, suite, pairs, scores):
     """Write a model's scores to its folder: a line with count and hashes, then a line a pair."""
-    path, first = scores_file(folder, suite, pairs)
     rows = [{"phenomenon": pair.phenomenon, "paradigm": pair.paradigm, "line": pair.line,
              "good": good, "bad": bad} for pair, (good, bad) in zip(pairs, scores.tolist())]
-    with written_whole(path) as file:
-        file.write(b"\n".join([first, *(json.dumps(row).encode() for row in rows), b""]))
+    rows = [{"pairs": len(pairs), "weights": weights_digests(folder)}, *rows]
+    named = json.dumps([pair[:4] for pair in pairs])        # a sample does not replace the whole
+    with written_whole(folder / f"{suite}-{digest(named.encode())[:8]}.jsonl") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 def pairs_table(results, paradigms):
     """Lay out the summaries of models on the same pairs, side by side, in percent."""
@@ -2100,8 +2084,7 @@ def print_results(runs, trained, corpus, pairs, device):
         found = "" if loss is None else f", held-out loss {loss:.4f} nats a token"
         lines.append(f"{run.name:<9} {run.out}{found}")
         if pairs:
-            scores = np.array(kept_scores(run.out, "blimp", pairs) or score_pairs(
-                model, corpus.vocabulary, pairs, f"scoring {run.out}"))
+            scores = score_pairs(model, corpus.vocabulary, pairs, f"scoring {run.out}")
             results[run.name] = summarise(pairs, scores)
             found += f", {results[run.name]['accuracy']:.1%} of minimal pairs right"
             if not run.given:               # a given folder may be somebody else's
@@ -2261,14 +2244,14 @@ def eval_blimp_command(folder, data, suite, rule, sample, device, as_json):
     data = data or (kept if kept.exists() or suite != "blimp" else TINY / suite)
     pairs = read_pairs(data, sample, rule)
     model, vocabulary = load_model(folder, choose_device(device))
-    kind = suite if rule == "2024" else f"{rule}-{suite}"
-    scores = np.array(kept_scores(folder, kind, pairs)
-                      or score_pairs(model, vocabulary, pairs, f"scoring {folder}", rule))
+    scores = score_pairs(model, vocabulary, pairs, f"scoring {folder}", rule)
     result = summarise(pairs, scores)
     found = {"model": str(folder), "data": str(data).removeprefix(f"{HOME}/"), **result}
     table = f"{folder} on {found['data']}, rule {rule}\n\n{pairs_table({'accuracy': result}, True)}"
-    echo(json.dumps(found, indent=2) if as_json else table)
-    keep_scores(folder, kind, pairs, scores)
+    try:
+        keep_scores(folder, suite if rule == "2024" else f"{rule}-{suite}", pairs, scores)
+    finally:                            # a folder may be read-only
+        echo(json.dumps(found, indent=2) if as_json else table)
 
 @cli.command("compare", short_help="Say whether a model is better than another, or lucky.")
 @click.argument("first", type=location)
