@@ -1141,6 +1141,8 @@ def load_vocabulary(path):
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True          # a "<s>" in a text is three characters
+    if isinstance(tokenizer.model, models.BPE):
+        tokenizer.model.dropout = None              # else a text has other ids each time
     roles = {}                  # of the prefix token, as transformers 5 would choose it
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         beside = path.with_name(name)
@@ -1156,6 +1158,9 @@ def load_vocabulary(path):
     missing = "<|endoftext|>" if re.match("(None)*gpt", kind, re.I) else None   # the class's own
     if re.match("(None)?Llama", kind) and b"ByteLevel" not in files["tokenizer.json"]:
         missing = "<s>"
+    need("bos_token" in roles or re.match("(None)*(PreTrained|Tokenizers|GPT|Llama|$)", kind, re.I),
+         f"{path}: {kind.split('None')[0]} has a prefix token of its own: expected a bos_token "
+         "in the tokenizer_config.json beside it.")
     tokens = [roles.get(key, missing) for key in ("bos_token", "eos_token")]
     tokens += [*named, "<|endoftext|>", "<s>"]
     with reading(path):
@@ -1165,8 +1170,9 @@ def load_vocabulary(path):
             prefix_id = tokenizer.token_to_id(token) if isinstance(token, str) else None
             if prefix_id is not None and prefix_id < limit:
                 return Vocabulary(tokenizer, prefix_id, files)
-            need(i > 1 or token in (None, missing) or prefix_id,
-                 f"{path} has no token {token!r}, with which the files beside it begin a text.")
+            fails = tokenizer.get_vocab_size() >= limit     # transformers, which adds this token
+            need(i > 1 or token is None or token == missing and fails, f"{path} has no token "
+                 f"{token!r}, with which the files beside it, or their class, begin a text.")
     raise ClickException(f"{path}: no token begins a text: expected a bos_token or eos_token "
                          "in the tokenizer_config.json beside it.")
 

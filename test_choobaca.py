@@ -828,6 +828,12 @@ def test_what_other_programs_write_is_read(tmp_path, vocabulary):
         Path(tmp_path, f"{name}.json").write_text(roles)
         assert c.load_vocabulary(tmp_path).prefix_id == wanted
     os.remove(tmp_path / "special_tokens_map.json")
+    for name, wanted in (("Qwen2", "Qwen2Tokenizer has a prefix"), ("GPT2", "no token '<.end"),
+                         ("Llama", "")):
+        c.write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": f"{name}Tokenizer"})
+        edit(tmp_path / "config.json", vocab_size=999 if wanted else vocabulary.size)
+        with raises(click.ClickException, match=wanted) if wanted else contextlib.nullcontext():
+            c.load_vocabulary(tmp_path)
     edit(tmp_path / "tokenizer.json", pre_tokenizer=None, decoder=None)     # no ByteLevel
     assert c.load_vocabulary(tmp_path).prefix_id == 1
     os.remove(tmp_path / "model.safetensors")
@@ -840,11 +846,13 @@ def test_what_other_programs_write_is_read(tmp_path, vocabulary):
     c.write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"x": "a", "y": "b"}})
     tokenizer = c.Tokenizer.from_str(vocabulary.tokenizer.to_str())
     tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.model.dropout = 0.5
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     for facts in ({"model_max_length": 1024}, {"bos_token": "<|endoftext|>"}):
         c.write_json(tmp_path / "tokenizer_config.json", facts)
         back, known = c.load_model(tmp_path, "cpu")
         assert (known.prefix_id, known.size) == (1, vocabulary.size)
+        assert known.tokenizer.model.dropout is None
         assert all(map(torch.equal, back.parameters(), m.float().parameters()))
     c.write_safetensors(path, part | {"lm_head.weight": torch.ones_like(m.head)})
     with raises(click.ClickException, match="ties head and embedding"):
