@@ -157,9 +157,8 @@ def train_tokenizer(lines, vocab_size):
         vocab_size=vocab_size, min_frequency=2,                 # a pair seen once is not merged
         special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))           # <- differs (2)
-    # a word of a million letters takes too long: its first thousand are enough
     lines = tqdm(lines, "vocabulary", leave=False, unit=" lines")
-    short = (re.sub(r"(\S{1000})\S+", r"\1", line) for line in lines)
+    short = (re.sub(r"(\S{1000})\S+", r"\1", line) for line in lines)    # longer ones are slow
     tokenizer.train_from_iterator(short, trainer)
     prefix = [("<s>", tokenizer.token_to_id("<s>"))]        # other tools get it before a text
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", prefix)
@@ -433,32 +432,46 @@ def target_apart(log_q, log_p, targets, gamma):
         rest = log_x.scatter(1, targets, -1e9)                          # the target has no part
         log_total = rest.logsumexp(-1, True)
         return torch.cat([log_x.gather(1, targets), log_total], 1), rest - log_total
-
     two_q, rest_q = split(log_q)
     two_p, rest_p = split(log_p)
     return kl(two_q, two_p) + gamma * kl(rest_q, rest_p)
 
-# Every divergence by its definition, a function of log q, log p (n, V), targets (n, 1), a constant
-# -> (n,), and the setting that is its constant. To add one, add a line.
+def token_wise(log_q, log_p, _):
+    """Weigh forward against reverse KL for each token of V (ToDi, Jung et al. 2025)."""
+    gap = log_p - log_q
+    share = gap.detach().sigmoid()              # near 1 where the student misses a token
+    return (gap * (share * log_p.exp() - (1 - share) * log_q.exp())).sum(-1)
+
+def alpha_beta(log_q, log_p, _, a, b):
+    """(a sum p^(a+b) + b sum q^(a+b)) / (a+b) - sum p^a q^b, over ab (ABKD, Wang et al. 2025).
+    Forward KL for a = 1, b -> 0, reverse KL for a -> 0, b = 1, 4 Hellinger^2 for a = b = 1/2."""
+    powers = a * ((a + b) * log_p).exp() + b * ((a + b) * log_q).exp()
+    return (powers / (a + b) - (a * log_p + b * log_q).exp()).sum(-1) / (a * b)
+
+# Every divergence by its definition, a function of log q, log p (n, V), targets (n, 1), constants
+# -> (n,), and the settings that are its constants. To add one, add a line.
 DIVERGENCES = {
-    "fkl": (lambda log_q, log_p, targets, _: kl(log_p, log_q), None),
-    "rkl": (lambda log_q, log_p, targets, _: kl(log_q, log_p), None),
-    "fkl+rkl": (both_ways, "fkl_weight"),
-    "akl": (adaptive, "mu"),
-    "akl-r": (functools.partial(adaptive, swapped=True), "mu"),
-    "skl": (lambda log_q, log_p, _, skew: kl(log_p, mixture(log_p, log_q, skew)), "skew"),
-    "srkl": (lambda log_q, log_p, _, skew: kl(log_q, mixture(log_q, log_p, skew)), "skew"),
-    "jsd": (jensen_shannon, "jsd_beta"),
-    "drkl": (target_apart, "gamma"),
+    "fkl": [lambda log_q, log_p, _: kl(log_p, log_q)],
+    "rkl": [lambda log_q, log_p, _: kl(log_q, log_p)],
+    "fkl+rkl": [both_ways, "fkl_weight"],
+    "akl": [adaptive, "mu"],
+    "akl-r": [functools.partial(adaptive, swapped=True), "mu"],
+    "skl": [lambda log_q, log_p, _, skew: kl(log_p, mixture(log_p, log_q, skew)), "skew"],
+    "srkl": [lambda log_q, log_p, _, skew: kl(log_q, mixture(log_q, log_p, skew)), "skew"],
+    "jsd": [jensen_shannon, "jsd_beta"],
+    "drkl": [target_apart, "gamma"],
+    "tvd": [lambda log_q, log_p, _: (log_p.exp() - log_q.exp()).relu().sum(-1)],   # half of |p - q|
+    "todi": [token_wise],
+    "ab": [alpha_beta, "ab_alpha", "ab_beta"],
 }
 
-def by_autograd(definition, u, v, targets, constant):
+def by_autograd(definition, u, v, targets, *constants):
     """Return value (n, 1) and gradient with respect to u (n, V) of a definition, by autograd."""
     with torch.enable_grad():
         u = u.detach().double().requires_grad_()        # float64: errors near 1e-15
         log_q = u.log_softmax(-1)
         log_p = v.double().log_softmax(-1).clamp(min=-700)      # exp(-700) > 0
-        value = definition(log_q, log_p, targets, constant)
+        value = definition(log_q, log_p, targets, *constants)
         gradient, = torch.autograd.grad(value.sum(), u)
     return value.detach()[:, None], gradient
 
@@ -491,13 +504,13 @@ def softmax_backward_(q, k):
 # KL is off by as much. So we compute the generalised KL(a || b) = sum a log(a / b) - sum a + sum b,
 # whose last two terms cancel but for that error: they are the sums of q - p and p - q below.
 
-def forward_kl(q, p, r, c, _):
+def forward_kl(q, p, r, c):
     """KL(p || q) = sum p (log p - log q), with gradient q - p (AKL paper, Eq. 5)."""
     value = -r.mul_(p).sum(-1, True)
     gradient = torch.sub(q, p, out=r)                   # in r's memory
     return value - c + gradient.sum(-1, True), gradient
 
-def reverse_kl(q, p, r, c, _):
+def reverse_kl(q, p, r, c):
     """KL(q || p) = sum q (r + c), with gradient q (r + c - KL) (AKL paper, Eq. 6). MiniLLM's and
     the paper's "single-step decomposition", E_q[r grad log q], is this, on text that is given."""
     value, gradient = softmax_backward_(q, r)
@@ -525,8 +538,7 @@ CLOSED_FORMS = {"fkl": forward_kl, "rkl": reverse_kl, "fkl+rkl": forward_and_rev
 #   ->  loss, cross-entropy and tau^2 divergence, summed over the N tokens
 #
 # The forward pass finishes each chunk of rows: it makes its logits and the teacher's, turns them
-# into the gradient, multiplies that back, forgets it. The caller only scales the loss, so backward
-# only scales gradients.
+# into the gradient, multiplies that back, forgets it. What a loss is scaled by scales gradients.
 #
 #   hidden (N, C)         head (V, C)       plain_loss, 4,096 x 16,000: 8 arrays of 262 MB at once
 #      | n rows              |              FusedLoss (rkl), 14 chunks of 293 rows: 2 to 4 of 19 MB
@@ -566,14 +578,14 @@ def divergence_(settings, beta, u, v, targets):
     gradient q (r - KL) is beta times the unmixed one: "mixing outputs" is a weight on it, Eq. 3 the
     weight's schedule. The value, quadratic in r near q = p, is roughly beta^2 times: do not compare
     mixed runs' `kl` with unmixed ones'. Forward KL's q - p has no such factor."""
-    definition, constant_name = DIVERGENCES[settings.objective]
-    constant = getattr(settings, constant_name) if constant_name else None
+    definition, *names = DIVERGENCES[settings.objective]
+    constants = [getattr(settings, name) for name in names]
     if beta < 1:
         v.mul_(beta).add_(u, alpha=1 - beta)                                        # Eq. 2
     if settings.objective not in CLOSED_FORMS:
-        value, gradient = by_autograd(definition, u, v, targets, constant)
+        value, gradient = by_autograd(definition, u, v, targets, *constants)
         return value, gradient.to(u.dtype)
-    return CLOSED_FORMS[settings.objective](*to_probabilities(u, v), constant)
+    return CLOSED_FORMS[settings.objective](*to_probabilities(u, v), *constants)
 
 def logits_to_gradient_(settings, beta, u, v, targets):
     """Overwrite u = z / tau (n, V) with the loss's gradient with respect to z, and return (n, 2):
@@ -661,8 +673,7 @@ class FusedLoss(torch.autograd.Function):
         d_head = torch.zeros_like(head, dtype=exact)
         head = head.to(dtype)
         for i in range(0, N, n):
-            # 1. Make this chunk's logits / tau.
-            rows = slice(i, i + n)
+            rows = slice(i, i + n)                              # 1. make this chunk's logits / tau
             h = hidden[rows].to(dtype)
             target = targets[rows, None]
             keep = target >= 0
@@ -671,11 +682,9 @@ class FusedLoss(torch.autograd.Function):
             v = None
             if distilled:
                 v = logits_into(v_memory, teacher_hidden[rows].to(dtype), teacher_head, tau)
-            # 2. Turn them into the gradient with respect to z.
-            values = chunk_to_gradient_(settings, beta, u, v, target)
+            values = chunk_to_gradient_(settings, beta, u, v, target)           # 2. u is now d_z
             parts += (values * keep).sum(0)
-            # 3. Multiply the gradient back into hidden states and head.
-            d_hidden[rows] = (u @ head).mul_(keep)
+            d_hidden[rows] = (u @ head).mul_(keep)              # 3. multiply it back
             if dtype == exact:
                 d_head.addmm_(u.T, h * keep)
             else:                                               # products in half, added in fp32
@@ -1037,6 +1046,8 @@ class Settings:
     mu: float = setting(0.5, "Teacher's mass in akl's and akl-r's likely tokens.", high=0.999)
     skew: float = setting(0.1, "Share of p (skl) or q (srkl) mixed in.", low=1e-3, high=0.999)
     jsd_beta: float = setting(0.5, "Share of the teacher in jsd's mixture.", low=1e-3, high=0.999)
+    ab_alpha: float = setting(0.5, "ab's a, the power of p.", low=1e-6)
+    ab_beta: float = setting(0.5, "ab's b, the power of q.", low=1e-6)
     gamma: float = setting(0.5, "Weight of the rest in drkl.", low=1e-3, high=1e3)
     # how a run is carried out, which changes little but the rounding
     teachers: int = setting(0, "How many of the config's teachers to learn from.", high=2)
@@ -1668,8 +1679,7 @@ class RecordedStep:
 def write_step(run, line, row, scaler, log, bar):
     """Log a step, of which train_step returned `row`: reading it waits for a GPU."""
     loss, ce, kl, norm = row.tolist()
-    # fp16 leaves out a step whose gradient was too large
-    sound = math.isfinite(loss) and (scaler.is_enabled() or math.isfinite(norm))
+    sound = math.isfinite(loss) and (scaler.is_enabled() or math.isfinite(norm))  # fp16 skips some
     need(sound and scaler.get_scale() > 1e-6, f"{run.out}: step {line['step']} has a loss of "
          f"{loss:.4g}, a gradient of {norm:.4g}: take a lower --lr, or a sound teacher.")
     line |= {"loss": loss, "ce": ce, "norm": norm} | ({"kl": kl} if "beta" in line else {})
@@ -1766,7 +1776,7 @@ def fit(run, corpus, device, log, resume=False):
 # 13. Sampling ----------------------------------------------------------------
 
 @torch.no_grad()
-def write_on(model, rows, ends, length, generator, temperature=1.0):
+def write_on(model, rows, ends, length, generator, temperature):
     """Continue lists of ids until they draw one of `ends`, or by `length` tokens: a list each."""
     device = model.head.device
     T = max(map(len, rows))                                 # shorter rows are padded on the left
@@ -2041,7 +2051,8 @@ def plan_runs(out, folders, settings, described, corpus, device):
     runs = [Run("", folder, from_hf_config(folder / "config.json")[0], given=True)
             for folder in folders]
     for own in described:
-        names = RECIPE + ["eval_every", "dev_tokens"] * (own.keep == "best")
+        names = settings_between("vocab_size", "keep")
+        names += ["eval_every", "dev_tokens"] * (own.keep == "best")
         facts = [[getattr(own, name) for name in names], corpus.digests]
         name = f"teacher-{own.model_type}-{digest(json.dumps(facts).encode())[:8]}"
         runs.append(Run("", beside / name, own))
@@ -2073,13 +2084,13 @@ def plan_runs(out, folders, settings, described, corpus, device):
 
 def idle_flags(settings, flags, described):
     """Return the flags that have no effect on this run, of which these teachers are trained."""
-    constant = DIVERGENCES.get(settings.objective, (None, None))[1]
+    constants = DIVERGENCES.get(settings.objective, [])[1:]
     idle = settings_between("temperature" if settings.objective == "ce" else "fkl_weight", "gamma")
     idle += ["vocab_size"] * bool(settings.tokenizer) + ["teacher_steps"] * (not described)
     idle += ["tokenizer", *settings_between("model_type", "dropout")] if settings.init else []
     idle += ["beta_by"] * (settings.beta_end < 0)
     return ["--" + name.replace("_", "-") for name in dict.fromkeys(idle)
-            if name != constant and flags[name] is not None]
+            if name not in constants and flags[name] is not None]
 
 def print_results(runs, trained, corpus, pairs, device):
     """Print what the models have learnt, side by side, and where they are."""

@@ -208,10 +208,9 @@ def read_run(folder: Path) -> tuple[dict[str, str], list[dict]]:
     with c.reading(record):
         run = c.read_json(record)
         settings = {**vars(c.Settings()), **run["settings"]}
-        _, constant = c.DIVERGENCES.get(settings["objective"], (None, None))
+        constants = c.DIVERGENCES.get(settings["objective"], [])[1:]
         cells["objective"] = c.describe_loss(SimpleNamespace(**settings)).removeprefix("loss ")
-        if constant:
-            cells["objective"] += f", {constant} {settings[constant]:g}"
+        cells["objective"] += "".join(f", {name} {settings[name]:g}" for name in constants)
         teachers = [Path(str(teacher)).name for teacher in run["teachers"]]
         cells["teachers"] = ", ".join(teachers) or "none"
 
@@ -541,8 +540,8 @@ def fit_distribution(p: Tensor, objective: str, start: Tensor, to_logits, epochs
     A row of `start` holds a student's parameters; to_logits makes logits (n, V) of them. drkl's
     observed token is the likeliest. Returns the students' q before each epoch and at the end,
     (epochs + 1, n, V), and their last divergences (n, 1)."""
-    definition, name = c.DIVERGENCES[objective]
-    constant = getattr(c.Settings(), name) if name else None
+    definition, *names = c.DIVERGENCES[objective]
+    constants = [getattr(c.Settings(), name) for name in names]
     targets = p.argmax(-1, keepdim=True)
     theta = start.clone().requires_grad_()
     if optimizer == "adam":
@@ -555,7 +554,7 @@ def fit_distribution(p: Tensor, objective: str, start: Tensor, to_logits, epochs
         # by_autograd goes from the divergence to the logits, backward from there to theta
         u = to_logits(theta)
         path.append(u.detach().softmax(-1))
-        value, gradient = c.by_autograd(definition, u.detach(), p.log(), targets, constant)
+        value, gradient = c.by_autograd(definition, u.detach(), p.log(), targets, *constants)
         stepper.zero_grad()
         u.backward(gradient)
         stepper.step()
