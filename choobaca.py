@@ -993,7 +993,8 @@ def file_digest(path, kind="sha256"):
         return hashlib.file_digest(file, kind).hexdigest()
 
 def weights_digests(folder):
-    return [file_digest(path) for path in sorted(folder.glob("*.safetensors"))]
+    files = [*folder.glob("config.json"), *sorted(folder.glob("*.safetensors"))]
+    return {path.name: file_digest(path) for path in files}
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -1503,7 +1504,7 @@ def describe_run(run, corpus, device):
     """Return what run.json says: all that it takes to know, and to repeat, what was done."""
     given = [str(each.out) for each in run.teachers]
     given += [run.settings.init] if run.settings.init else []
-    weights = [weight for folder in given for weight in weights_digests(Path(folder))]
+    weights = [weights_digests(Path(folder)) for folder in given]
     return {"argv": sys.argv[1:], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "settings": asdict(run.settings), "teachers": given[:len(run.teachers)],
             "digests": {**corpus.digests, "weights": weights, "code": file_digest(__file__)},
@@ -1610,8 +1611,7 @@ def load_state(path, progress, parts):
 
 def begin_run(run, record, steps, log, resume, parts):
     """Clear a run's folder of an earlier run, or load its checkpoint. Return the progress."""
-    # `logged` is the log's length in bytes, `least` the least held-out loss.
-    progress = {"step": 0, "seconds": 0.0, "logged": 0, "least": math.inf}
+    progress = {"step": 0, "seconds": 0.0, "logged": 0, "least": math.inf}  # logged: bytes of log
     state = run.out / "state.pt"
     if resume and (state.exists() or [*run.out.glob("chck_*")]):
         need_same(run, record, resumed=True)
@@ -1930,7 +1930,7 @@ def read_scores(path):
         scores = [float(line["score"] if "score" in line else line["good"] >= line["bad"])
                   for line in lines]
         need(len(names) == facts["pairs"] > 0 and facts["weights"] == weights_digests(path.parent),
-             f"{path} is cut off, or of other weights than those beside it: score it again.")
+             f"{path} is cut off, or of another model than the one beside it: score it again.")
     return names, np.array(scores)
 
 def confidence_interval(differences):

@@ -1381,7 +1381,7 @@ def test_a_student_learns_from_what_its_teacher_wrote(here, saved, vocabulary, m
     said = [[], []]
     assert "nothing but empty lines" in error(command + "e")
 
-def test_ties_means_and_groups(here):
+def test_ties_means_and_groups(saved):
     """A mean is that of paradigms, in a report, too; a tie counts."""
     for uid, term, count in (("1", "s-selection", 2), ("2", "argument_structure", 6), ("3", "", 1)):
         write_pairs(f"p/{uid}.jsonl", *AB * count, UID=uid, linguistics_term=term)
@@ -1393,8 +1393,8 @@ def test_ties_means_and_groups(here):
     found = [f"{row['accuracy']:.4f} {row['stderr']:.4f} {row['n']} {row['ties']}" for row in rows]
     assert found == ["1.0000 0.0000 2 1", "0.5000 0.2236 6 0", "1.0000 0.5000 1 1",
                      "0.7500 0.1118 8 1", "0.8333 0.1826 9 2"]
-    c.keep_scores(here, "x", pairs, scores)
-    drawn = figures.accuracies([*here.glob("x-*.jsonl")])
+    c.keep_scores(saved, "x", pairs, scores)
+    drawn = figures.accuracies([*saved.glob("x-*.jsonl")])
     assert drawn["mean of 3 paradigms"] == [approx((83.33, 18.26), abs=0.01)]
     table = c.pairs_table({"a": result, "b": result}, paradigms=True)
     assert re.search("argument_structure +8 +75.0 .* 75.0.*\n  1 ", table)
@@ -1435,7 +1435,7 @@ def test_compare(saved, vocabulary):
         path.write_text("\n".join([head, *damaged]))
         assert wanted in error("compare good same")
     written_model("good", vocabulary, seed=1)
-    assert "of other weights" in error("compare good guess")
+    assert "of another model" in error("compare good guess")
 
 def test_defaults_then_base_then_toml_then_flags(here):
     """Teachers are merged one by one, by place; a path is taken from its own file's folder."""
