@@ -1171,8 +1171,8 @@ def load_vocabulary(path):
     if re.match("(None)?Llama", kind) and b"ByteLevel" not in files["tokenizer.json"]:
         missing = "<s>"
     need("bos_token" in roles or re.match("(None)*(PreTrained|Tokenizers|GPT|Llama|$)", kind, re.I),
-         f"{path}: {kind.split('None')[0]} has a prefix token of its own: expected a bos_token "
-         "in the tokenizer_config.json beside it.")
+         f"{path}: {kind.split('None')[0]} may have a prefix token of its own: expected a "
+         "bos_token in the tokenizer_config.json beside it.")
     tokens = [roles.get(key, missing) for key in ("bos_token", "eos_token")]
     tokens += [*named, "<|endoftext|>", "<s>"]
     with reading(path):
