@@ -158,7 +158,7 @@ def train_tokenizer(lines, vocab_size):
         special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))           # <- differs (2)
     lines = tqdm(lines, "vocabulary", leave=False, unit=" lines")
-    short = (re.sub(r"(\S{1000})\S+", r"\1", line) for line in lines)    # longer ones are slow
+    short = (re.sub(r"(\S{1000})\S+", r"\1", line) for line in lines)   # longer words are slow
     tokenizer.train_from_iterator(short, trainer)
     prefix = [("<s>", tokenizer.token_to_id("<s>"))]        # other tools get it before a text
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", prefix)
@@ -375,7 +375,7 @@ class Llama(nn.Module):
 #     reverse KL  .669, q (r - KL)  -.091   -.044   -.029    .163    first: lower "of"
 #
 # Forward KL repairs what the student misses, reverse KL what it invents. ("dog" is too likely, but
-# its r is below the KL, so it rises; at tau = 2 it falls.) In the end both find q = p, if they can.
+# its r is below the KL, so it rises; at tau = 2 it falls.) In the end both reach q = p if they can.
 
 def kl(log_a, log_b):
     """KL(a || b) = sum a log(a / b) of each row: (n, V), (n, V) -> (n,)"""
@@ -437,7 +437,7 @@ def target_apart(log_q, log_p, targets, gamma):
     return kl(two_q, two_p) + gamma * kl(rest_q, rest_p)
 
 def token_wise(log_q, log_p, _):
-    """Weigh forward against reverse KL for each token of V (ToDi, Jung et al. 2025)."""
+    """sum s p log(p / q) + (1 - s) q log(q / p), s = p / (p + q) fixed (ToDi, Jung et al. 2025)"""
     gap = log_p - log_q
     share = gap.detach().sigmoid()              # near 1 where the student misses a token
     return (gap * (share * log_p.exp() - (1 - share) * log_q.exp())).sum(-1)
@@ -538,7 +538,7 @@ CLOSED_FORMS = {"fkl": forward_kl, "rkl": reverse_kl, "fkl+rkl": forward_and_rev
 #   ->  loss, cross-entropy and tau^2 divergence, summed over the N tokens
 #
 # The forward pass finishes each chunk of rows: it makes its logits and the teacher's, turns them
-# into the gradient, multiplies that back, forgets it. What a loss is scaled by scales gradients.
+# into the gradient, multiplies that back, forgets it. The backward pass only scales gradients.
 #
 #   hidden (N, C)         head (V, C)       plain_loss, 4,096 x 16,000: 8 arrays of 262 MB at once
 #      | n rows              |              FusedLoss (rkl), 14 chunks of 293 rows: 2 to 4 of 19 MB
@@ -869,7 +869,7 @@ class Trie:
             self.ids.append(ids[depth])
             self.depth.append(depth)
             self.end.append(0)
-        for node in self.path:                          # they, and all above, end here now
+        for node in self.path:                          # these, and all above them, now end here
             self.end[node] = len(self.ids)
         edges = zip(self.path[known - 1:], ids[known:])     # the last given id predicts the next
         self.sequences[key] = [self.edges.setdefault(edge, len(self.edges)) for edge in edges]
@@ -1738,7 +1738,7 @@ def fit(run, corpus, device, log, resume=False):
             late.append((line, row))                    # to be logged a step late, if it can be
             number = stop_signal(received, device)
             due = number or time.monotonic() - saved > 60 * settings.save_minutes
-            look = last or (step + 1) % look_every == 0 # at held-out text, which changes nothing
+            look = last or (step + 1) % look_every == 0     # at held-out text; changes nothing
             while len(late) > (0 if look or due or step + 1 in folders.values() else 1):
                 seconds = time.perf_counter() - started
                 old_line, old_row = late.pop(0)
