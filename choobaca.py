@@ -614,7 +614,7 @@ def logits_to_gradient_(settings, beta, u, v, targets):
     ce = total.log_().double() + tau * (top.double() - at_target)       # log sum exp z - z_target
     return torch.cat([ce, tau**2 * value.double()], 1)
 
-BLOCK = 2**17       # logits that a core turns into gradients at once: measured to stay in its cache
+BLOCK = 2**17       # logits that a core turns into gradients at once, for its cache (a GPU: 64)
 CHUNK = {"cpu": 304, "cuda": 2048}      # rows of logits at once: more cost memory and save little
 
 @functools.cache
@@ -630,8 +630,8 @@ def chunk_to_gradient_(settings, beta, u, v, targets):
     closed = v is None or settings.objective in CLOSED_FORMS
     if closed and u.is_cuda and settings.compile and settings.beta_by == "epoch":
         return compiled(logits_to_gradient_)(settings, beta, u, v, targets)
-    size = u.shape[1] if closed else 2 * u.shape[1]                     # by_autograd has float64
-    block = max(1, BLOCK * torch.get_num_threads() // size)
+    size = u.shape[1] * (1 if closed else 2)                            # by_autograd has float64
+    block = max(1, BLOCK * (64 if u.is_cuda else torch.get_num_threads()) // size)
     values = []
     for i in range(0, len(u), block):
         part = slice(i, i + block)
