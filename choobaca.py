@@ -86,7 +86,7 @@ def setting(default, help, choices=(), low=0, high=2**31 - 1, path=False):
 # A language model gives each next token a probability. The text says only which token came: "dog",
 # so 1 for dog and 0 for the others. A teacher says more: dog .50, cat .40, car .09, of .01. "Cat"
 # is nearly as good as "dog", "of" next to impossible: the text does not say that, the teacher does.
-# Distillation trains the student on the teacher's numbers. It remains to choose how we measure the
+# Distillation trains the student on these numbers, so both have one vocabulary. We have to choose a
 # distance between two lists of probabilities, the teacher's p and the student's q:
 #
 #     forward KL  sum p log(p / q)   weighs by the teacher: do not miss what the teacher says
@@ -99,7 +99,7 @@ def setting(default, help, choices=(), low=0, high=2**31 - 1, path=False):
 # Temperature: we divide both models' logits by tau = 2 before the softmax. That flattens both
 # lists, so that tokens which the teacher finds unlikely count for more. It also makes gradients
 # smaller: by 1 / tau by the chain rule and, if tau is high, by another 1 / tau, because flatter
-# lists differ less. The factor tau^2 in the loss makes up for it.
+# lists differ less. The factor tau^2 in the loss makes up for it, in full only if tau is high.
 
 def plain_loss(z, w, targets, tau, alpha):
     """Return the loss that is the whole lesson, summed over N tokens (the paper's Eq. 9).
@@ -108,14 +108,14 @@ def plain_loss(z, w, targets, tau, alpha):
     loss asks for the token that came, and for the teacher's probabilities of all V tokens.
 
     We cannot afford it: up to 8 arrays (N, V) at once. FusedLoss in section 5 does without them."""
-    ce = F.cross_entropy(z, targets, reduction="sum")           # the text: one right answer
+    ce = F.cross_entropy(z, targets, reduction="sum")           # the text: KL from 1 at the target
     log_q = F.log_softmax(z / tau, -1)                          # what the student expects
     log_p = F.log_softmax(w / tau, -1)                          # what the teacher expects
     divergence = (log_q.exp() * (log_q - log_p)).sum()          # reverse KL, over V and over N
     return alpha * ce + (1 - alpha) * tau**2 * divergence
 
 def distil_in_short(student, teacher, batches, tau=2.0, alpha=0.5, lr=4e-3):
-    """Distil a teacher into a student: all that follows does this, faster, with checks.
+    """Distil a teacher into a student. What follows does this faster, with schedules and checks.
     Each batch is inputs (B, T) and targets (B, T), the inputs' next tokens."""
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr)
     for inputs, targets in batches:
@@ -131,8 +131,8 @@ def distil_in_short(student, teacher, batches, tau=2.0, alpha=0.5, lr=4e-3):
 #
 # lines of text  ->  ids (tokens,)  ->  inputs (B, T) and targets (B, T) of a step
 #
-# A model predicts each token from those before it. The first word of a sentence has none before it,
-# so we put a prefix token there: <s>.
+# A model predicts each token from those before it, the first of a line from a prefix token, <s>.
+# Rows are cut anywhere, so they begin in mid-line, and attention looks back across lines.
 
 class Vocabulary(NamedTuple):
     """A tokenizer and the files that belong to it."""
@@ -213,7 +213,7 @@ def windows(ids, starts, T):
 def batch_at(step, ids, settings):
     """Return inputs and targets of a step, (B, T) each: a pure function of seed and step."""
     B = settings.batch_size
-    rows = count_rows(len(ids), settings)               # an epoch is a permutation of them
+    rows = count_rows(len(ids), settings)               # an epoch permutes and shifts them
     epoch, i = divmod(step, rows // B)                  # what does not fill a batch is left out
     starts = row_starts(rows, settings, epoch)[i * B:(i + 1) * B]
     return windows(ids, starts, settings.context)
@@ -222,14 +222,14 @@ def batch_at(step, ids, settings):
 #
 # ids (B, T)  ->  hidden states (B, T, C): what the model knows at each position, as C numbers
 #
-# The logits are hidden states times the head's transpose, (B, T, C) @ (C, V). No model makes them:
-# section 5 does, a few rows at a time. Modules have Hugging Face's names. Training passes no
-# `past`, `cache`, `mask` or `tree`: read on as if they were not there.
+# Logits are hidden states times the head's transpose, (B, T, C) @ (C, V): section 5 makes them, a
+# few rows at a time; a model returns hidden states. Modules have Hugging Face's names. Training
+# passes no `past`, `cache`, `mask` or `tree`: read on as if they were not there.
 
 class Tree(NamedTuple):
     """Positions and mask of rows that are not one text from the left: tries (7), padding."""
     depth: Tensor                   # (B, T), the position of each id in its own text
-    sees: Tensor                    # (B, 1, T, S), True where an id of T may look at one of S
+    sees: Tensor                    # (B, 1, T, S), True where query t may look at key s
 
 def plain_attention(q, k, v, sees):
     """Let queries q (B, H, T, D) look at keys and values k, v (B, H, S, D): -> (B, H, T, D).
@@ -334,8 +334,8 @@ class Llama(nn.Module):
         return (self.lm_head or self.embed_tokens).weight
 
     def hidden(self, ids, cache=None, tree=None):
-        """(B, T) -> (B, T, C). `tree` replaces left-to-right positions and the causal mask; only
-        with it may `cache` (a list per layer) continue earlier calls."""
+        """(B, T) -> (B, T, C). `tree` replaces positions 0, 1, ... and the causal mask. To
+        continue a `cache` (a list per layer) of earlier calls takes a `tree`, too."""
         positions = tree.depth if tree else torch.arange(ids.shape[1], device=ids.device)
         D = self.config.width // self.config.heads
         angles = rotary_angles(positions, D, self.config.rope_theta)
@@ -353,14 +353,14 @@ class Llama(nn.Module):
 #   ->  the divergence of each row, and its gradient with respect to the student's (n, V)
 #
 #     z, w   logits of student and teacher          q, p   softmax(u) and softmax(v)
-#     u, v   z / tau and w / tau                    r      log q - log p
+#     u, v   z / tau and w / tau                    r, k   log q - log p and df/dq
 #
 # Every gradient comes from one line. For any f(q), with q = softmax(u) and k = df/dq,
 #
 #     df/du_j = sum_i k_i dq_i/du_j = sum_i k_i q_i ([i = j] - q_j) = q_j (k_j - sum_i q_i k_i)
 #
-# In words: a token's k minus the q-weighted mean of k, times q, the student's probability of that
-# token. So a constant added to k changes nothing. [i = j] is 1 where i is j, else 0.
+# In words: a token's q times (its k minus the q-weighted mean of k). So a constant added to k
+# changes nothing. [i = j] is 1 where i is j, else 0.
 #
 #     reverse KL   f = sum q (log q - log p)   k = r + 1    gradient q (r - KL)
 #     forward KL   f = sum p (log p - log q)   k = -p / q   gradient q - p, since sum q k = -1
@@ -375,7 +375,9 @@ class Llama(nn.Module):
 #     reverse KL  .669, q (r - KL)  -.091   -.044   -.029    .163    first: lower "of"
 #
 # Forward KL repairs what the student misses, reverse KL what it invents. ("dog" is too likely, but
-# its r is below the KL, so it rises; at tau = 2 it falls.) In the end both reach q = p if they can.
+# its r is below the KL, so it rises; at tau = 2 it falls.) With time both reach q = p if they can;
+# but by its factor q, reverse KL hardly moves a token that the student has dropped: where p is .4
+# and q .0001, its gradient is about -.001, forward KL's -.4. A higher tau raises such a q.
 
 def kl(log_a, log_b):
     """KL(a || b) = sum a log(a / b) of each row: (n, V), (n, V) -> (n,)"""
@@ -400,7 +402,7 @@ def likely_share(q, p, mu):
     else:
         rising.numpy().sort(-1)                 # in place: it is the tensor's own memory
     mass = rising.cumsum(-1)
-    unlikely = torch.searchsorted(mass, mass[:, -1:] - mu, right=True)  # how many sum to <= 1 - mu
+    unlikely = torch.searchsorted(mass, mass[:, -1:] - mu, right=True)  # the others hold >= mu
     least = rising.gather(1, unlikely.clamp_(max=V - 1))                # p of the last likely one
     gap = (p - q).abs()
     total = gap.sum(-1, True)
@@ -415,7 +417,7 @@ def both_ways(log_q, log_p, _, weight):
 def adaptive(log_q, log_p, targets, mu, swapped=False):
     """Weigh forward KL by likely_share, held constant (AKL paper, Eq. 15; swapped, Eq. 16)."""
     q = log_q.detach().exp()
-    p = log_p.detach().exp()
+    p = log_p.exp()
     share = likely_share(q, p, mu)[:, 0]        # AKL paper: forward KL fits likely tokens first
     return both_ways(log_q, log_p, targets, 1 - share if swapped else share)
 
@@ -437,7 +439,8 @@ def target_apart(log_q, log_p, targets, gamma):
     return kl(two_q, two_p) + gamma * kl(rest_q, rest_p)
 
 def token_wise(log_q, log_p, _):
-    """sum s p log(p / q) + (1 - s) q log(q / p), s = p / (p + q) fixed (ToDi, Jung et al. 2025)"""
+    """sum s p log(p / q) + (1 - s) q log(q / p), s = p / (p + q) fixed (ToDi, Jung et al. 2025)
+    The value is forward KL + reverse KL, which weighs by p and by q alone; the gradient is not."""
     gap = log_p - log_q
     share = gap.detach().sigmoid()              # near 1 where the student misses a token
     return (gap * (share * log_p.exp() - (1 - share) * log_q.exp())).sum(-1)
@@ -478,7 +481,7 @@ def by_autograd(definition, u, v, targets, *constants):
 # Now the fast way: four of them with their gradients written out, in place and in fp32.
 
 def to_probabilities(u, v):
-    """Return q, p and r (n, V), and c (n, 1): log q - log p = r + c. v is overwritten; u's rows
+    """Return q, p, r (n, V) and c (n, 1): here log q - log p is r + c. v is overwritten; u's rows
     must have 0 as maximum. r is cut off at 87 in fp32 (exp(-87) is near its least normal number):
     a token that the teacher rules out costs reverse KL much, not infinitely much."""
     v.sub_(v.amax(-1, True))                    # both now have 0 as maximum
@@ -537,8 +540,8 @@ CLOSED_FORMS = {"fkl": forward_kl, "rkl": reverse_kl, "fkl+rkl": forward_and_rev
 # student hidden (N, C), head (V, C), teacher hidden (N, C'), head (V, C'), targets (N,)
 #   ->  loss, cross-entropy and tau^2 divergence, summed over the N tokens
 #
-# The forward pass finishes each chunk of rows: it makes its logits and the teacher's, turns them
-# into the gradient, multiplies that back, forgets it. The backward pass only scales gradients.
+# The forward pass takes n rows at a time: it makes both models' logits, turns them into the
+# gradient, multiplies that by head and by h, and reuses the memory. Backward only scales.
 #
 #   hidden (N, C)         head (V, C)       plain_loss, 4,096 x 16,000: 8 arrays of 262 MB at once
 #      | n rows              |              FusedLoss (rkl), 14 chunks of 293 rows: 2 to 4 of 19 MB
@@ -562,9 +565,9 @@ def loss_weights(settings):
 def gradient_of_logits(z, w, targets, tau, alpha):
     """Differentiate plain_loss by hand, with respect to z: (N, V).
     This is what divergence_ and logits_to_gradient_, below, do in place and for all objectives."""
-    q = (z / tau).softmax(-1)
-    p = (w / tau).softmax(-1)
-    r = q.log() - p.log()
+    log_q = (z / tau).log_softmax(-1)
+    r = log_q - (w / tau).log_softmax(-1)
+    q = log_q.exp()
     value = (q * r).sum(-1, keepdim=True)
     d_ce = z.softmax(-1) - F.one_hot(targets, z.shape[1])
     d_kl = tau * q * (r - value)            # tau^2 dKL/du du/dz, and du/dz = 1 / tau
@@ -577,7 +580,7 @@ def divergence_(settings, beta, u, v, targets):
     <- differs (4): log q - log p is beta (z - w) / tau + a number, which drops out. So reverse KL's
     gradient q (r - KL) is beta times the unmixed one: "mixing outputs" is a weight on it, Eq. 3 the
     weight's schedule. The value, quadratic in r near q = p, is roughly beta^2 times: do not compare
-    mixed runs' `kl` with unmixed ones'. Forward KL's q - p has no such factor."""
+    mixed runs' `kl` with unmixed ones'. Forward KL's q - p: beta times only near q = p."""
     definition, *names = DIVERGENCES[settings.objective]
     constants = [getattr(settings, name) for name in names]
     if beta < 1:
@@ -589,7 +592,7 @@ def divergence_(settings, beta, u, v, targets):
 
 def logits_to_gradient_(settings, beta, u, v, targets):
     """Overwrite u = z / tau (n, V) with the loss's gradient with respect to z, and return (n, 2):
-    cross-entropy, tau^2 divergence. v, w / tau or None, may be overwritten, too. targets (n, 1)."""
+    cross-entropy, tau^2 divergence. v is w / tau or None; it may be overwritten. targets (n, 1)."""
     ce_weight, kl_weight = loss_weights(settings)
     tau = 1.0 if v is None else settings.temperature
     exact = torch.promote_types(u.dtype, torch.float32)
@@ -614,7 +617,7 @@ def logits_to_gradient_(settings, beta, u, v, targets):
     ce = total.log_().double() + tau * (top.double() - at_target)       # log sum exp z - z_target
     return torch.cat([ce, tau**2 * value.double()], 1)
 
-BLOCK = 2**17       # logits that a core turns into gradients at once, for its cache (a GPU: 64)
+BLOCK = 2**17       # logits that a core does at once, so that they fit its cache (a GPU: 64 times)
 CHUNK = {"cpu": 304, "cuda": 2048}      # rows of logits at once: more cost memory and save little
 
 @functools.cache
@@ -632,12 +635,9 @@ def chunk_to_gradient_(settings, beta, u, v, targets):
         return compiled(logits_to_gradient_)(settings, beta, u, v, targets)
     size = u.shape[1] * (1 if closed else 2)                            # by_autograd has float64
     block = max(1, BLOCK * (64 if u.is_cuda else torch.get_num_threads()) // size)
-    values = []
-    for i in range(0, len(u), block):
-        part = slice(i, i + block)
-        v_part = None if v is None else v[part]
-        values.append(logits_to_gradient_(settings, beta, u[part], v_part, targets[part]))
-    return torch.cat(values)
+    v_blocks = itertools.repeat(None) if v is None else v.split(block)
+    blocks = zip(u.split(block), v_blocks, targets.split(block))
+    return torch.cat([logits_to_gradient_(settings, beta, *each) for each in blocks])
 
 def logits_into(memory, hidden, head, tau):
     """Return hidden @ head.T / tau, (n, V), in memory that is used again and again."""
@@ -698,12 +698,12 @@ class FusedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_loss, _):
         """Multiply the gradients by d_loss, the caller's 1 / tokens (and fp16's scale).
-        If 1 / tokens came before the matmuls, unscaled fp16 gradients would round to 0."""
+        If 1 / tokens came before the matmuls, most unscaled fp16 gradients would round to 0."""
         gradients = [each * d_loss for each in ctx.saved_tensors]
         return *gradients, *[None] * 5
 
 class Coach:
-    """One or more teachers as one: BabyLlama averages logits, a geometric mean of probabilities.
+    """One or more teachers as one: BabyLlama averages logits: a geometric mean, normalised.
     The mean of K products is one product of hidden states and heads side by side:
     [h1 h2] @ [head1 head2].T / 2 = (h1 @ head1.T + h2 @ head2.T) / 2."""
 
@@ -787,8 +787,8 @@ def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype, 
 # two sentences that differ in one point of grammar: does the model find the good one likelier?
 #
 # The rule is that of the BabyLM 2024 pipeline and of lm-evaluation-harness. A text's score is the
-# sum of its tokens' log-probabilities, each given all before it, from <s> on (EWoK: a context, and
-# no <s>). A sentence has a leading space. A tie counts for the good one. A pair, by one tiny run:
+# sum of its tokens' log-probabilities, each given <s> (EWoK: a context, no <s>) and all before it.
+# A sentence has a leading space. A tie counts for the good one. A pair, by one tiny run:
 #
 #     The donkey with the pigs jumps.   -22.65 nats      right, by 1.85 nats,
 #     The donkey with the pigs jump.    -24.50 nats      though "pigs" is next to the verb
@@ -803,14 +803,14 @@ class Pair(NamedTuple):
 
 def encode_pairs(vocabulary, pairs, positions, rule="2024"):
     """Encode each distinct text of the pairs: its ids, and how many of them are context."""
-    # As in lm-evaluation-harness, both parts are one string, and spaces at the end of what is given
-    # are scored. By the rule of 2026 special tokens are added, and the first token is not scored.
+    # As in the harness, context and target are encoded as one text; spaces that end the context are
+    # scored. By the rule of 2026 special tokens are added, and a text's first token is not scored.
     places = {}
     for pair in pairs:
         for text in (pair.good, pair.bad):
             places.setdefault(text, f"{pair.file}, line {pair.line}")
     given = [text[0].rstrip() for text in places]
-    whole = [text[0] + text[1] for text in places]
+    whole = ["".join(text) for text in places]
     encode_batch = vocabulary.tokenizer.encode_batch_fast
     encoded = zip(encode_batch(whole, add_special_tokens=rule == "2026"),
                   encode_batch(given, add_special_tokens=False))
@@ -916,9 +916,9 @@ def score_tries(model, tries):
     hidden = model.hidden(ids.to(device), tree=tree).flatten(0, 1)                      # (B * T, C)
     edges = [(b * T + i, target) for b, trie in enumerate(tries) for i, target in trie.edges]
     rows, targets = torch.tensor(edges, device=device).T
-    scores = token_log_probabilities(hidden, model.head, rows, targets).cpu().numpy()
+    scores = token_log_probabilities(hidden, model.head, rows, targets).cpu()
     sizes = [len(trie.edges) for trie in tries]
-    return np.split(scores, np.cumsum(sizes)[:-1])
+    return [each.numpy() for each in scores.split(sizes)]
 
 @torch.inference_mode()
 def score_pairs(model, vocabulary, pairs, name, rule="2024"):
@@ -1346,7 +1346,7 @@ def from_hf_config(path):
     config = Settings(**values)
     V, D = raw.get("vocab_size"), config.width // config.heads
     need(type(V) is int and 0 < V < 2**24, f"{path}: vocab_size is {V!r}: expected a size.")
-    need(raw.get("head_dim") in (None, D), f"{path}: head_dim is {raw.get('head_dim')}: expected "
+    need(raw.get("head_dim", D) == D, f"{path}: head_dim is {raw.get('head_dim')}: expected "
          f"width / heads = {D}.")
     return config, V
 
@@ -1397,7 +1397,7 @@ def save_model(folder, model, vocabulary):
     """Write the model's folder, the weights last: a folder that has them is finished."""
     facts = to_hf_config(model.config, vocabulary)
     write_json(folder / "config.json", facts)
-    ids = {key: value for key, value in facts.items() if key.endswith("token_id")}
+    ids = {key: facts[key] for key in facts if key.endswith("token_id")}
     write_json(folder / "generation_config.json", ids)
     for name, content in vocabulary.files.items():
         with written_whole(folder / name) as file:
