@@ -375,9 +375,8 @@ class Llama(nn.Module):
 #     reverse KL  .669, q (r - KL)  -.091   -.044   -.029    .163    first: lower "of"
 #
 # Forward KL repairs what the student misses, reverse KL what it invents. ("dog" is too likely, but
-# its r is below the KL, so it rises; at tau = 2 it falls.) With time both reach q = p if they can;
-# but by its factor q, reverse KL hardly moves a token that the student has dropped: where p is .4
-# and q .0001, its gradient is about -.001, forward KL's -.4. A higher tau raises such a q.
+# its r is below the KL, so it rises.) With time both reach q = p if they can; but by its factor q,
+# reverse KL hardly moves what the student has dropped: p = .4, q = .0001: -.001, forward KL's -.4.
 
 def kl(log_a, log_b):
     """KL(a || b) = sum a log(a / b) of each row: (n, V), (n, V) -> (n,)"""
@@ -439,10 +438,9 @@ def target_apart(log_q, log_p, targets, gamma):
     return kl(two_q, two_p) + gamma * kl(rest_q, rest_p)
 
 def token_wise(log_q, log_p, _):
-    """sum s p log(p / q) + (1 - s) q log(q / p), s = p / (p + q) fixed (ToDi, Jung et al. 2025)
-    The value is forward KL + reverse KL, which weighs by p and by q alone; the gradient is not."""
+    """sum s p log(p / q) + (1 - s) q log(q / p), s = p / (p + q) fixed (ToDi, Jung et al. 2025)"""
     gap = log_p - log_q
-    share = gap.detach().sigmoid()              # near 1 where the student misses a token
+    share = gap.detach().sigmoid()              # fixed: only the value is fkl + rkl
     return (gap * (share * log_p.exp() - (1 - share) * log_q.exp())).sum(-1)
 
 def alpha_beta(log_q, log_p, _, a, b):
@@ -484,7 +482,6 @@ def to_probabilities(u, v):
     """Return q, p, r (n, V) and c (n, 1): here log q - log p is r + c. v is overwritten; u's rows
     must have 0 as maximum. r is cut off at 87 in fp32 (exp(-87) is near its least normal number):
     a token that the teacher rules out costs reverse KL much, not infinitely much."""
-    v.sub_(v.amax(-1, True))                    # both now have 0 as maximum
     r = (u - v).clamp_(max=-math.log(torch.finfo(u.dtype).tiny))
     q = u.exp()
     q_scale = 1 / q.sum(-1, True)
@@ -585,6 +582,7 @@ def divergence_(settings, beta, u, v, targets):
     constants = [getattr(settings, name) for name in names]
     if beta < 1:
         v.mul_(beta).add_(u, alpha=1 - beta)                                        # Eq. 2
+    v.sub_(v.amax(-1, True))                    # both now have 0 as maximum
     if settings.objective not in CLOSED_FORMS:
         value, gradient = by_autograd(definition, u, v, targets, *constants)
         return value, gradient.to(u.dtype)
@@ -993,8 +991,8 @@ def file_digest(path, kind="sha256"):
         return hashlib.file_digest(file, kind).hexdigest()
 
 def weights_digests(folder):
-    files = [*folder.glob("config.json"), *sorted(folder.glob("*.safetensors"))]
-    return {path.name: file_digest(path) for path in files}
+    names = ("config.json", "*token*.json", "*.safetensors")
+    return {path.name: file_digest(path) for name in names for path in sorted(folder.glob(name))}
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -1533,7 +1531,6 @@ def need_same(run, record, resumed):
                  f"{known}: go back to that, or choose an --out in another folder.")
 
 def describe_loss(settings):
-    """Describe the loss as it is weighed in effect."""
     if settings.objective not in DIVERGENCES:
         return settings.objective
     ce, weight = loss_weights(settings)
@@ -1544,7 +1541,6 @@ def describe_loss(settings):
     return text
 
 def describe_plan(run, corpus):
-    """Describe what a run trains, and for how long."""
     settings = run.settings
     steps, per_epoch = count_steps(len(corpus.train), settings)
     model = empty_model(settings, corpus.vocabulary.size)
@@ -1563,7 +1559,7 @@ def write_card(run, corpus, found):
     settings = {name: value for name, value in asdict(run.settings).items()
                 if value != KNOWN[name].default and name not in PATHS}
     teachers = ", ".join(teacher.out.resolve().name for teacher in run.teachers)
-    begun = Path(run.settings.init).resolve().name if run.settings.init else "scratch"
+    begun = Path(run.settings.init or "scratch").resolve().name
     text = (f"---\nlibrary_name: transformers\n---\n# {run.out.resolve().name}\n\nA language model "
             f"trained with ChooBaCa from {begun}: {describe_plan(run, corpus)}{found}.\n\n"
             f"- Text: {Path(run.settings.text).name}, {corpus.words:,} words\n- Teachers: "
@@ -1629,13 +1625,14 @@ def begin_run(run, record, steps, log, resume, parts):
     if not progress["step"]:
         old = [path for path in run.out.glob("chck_*/model.safetensors")
                if not path.parent.is_symlink()]             # of an earlier run
-        for path in [*old, state, run.out / "model.safetensors"]:
+        names = ("model.safetensors", "config.json", "README.md", "state.pt")
+        for path in [*old, *(run.out / name for name in names)]:
             path.unlink(missing_ok=True)
         write_json(run.out / "run.json", record)
     return progress
 
 @contextlib.contextmanager
-def locked_log(folder, wait):
+def locked_log(folder, wait, begun):
     """Open a run's log, and keep other processes from training there; a crash ends the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     rank, size = rank_and_size()
@@ -1649,6 +1646,8 @@ def locked_log(folder, wait):
             need(wait and size == 1, f"{folder}: another process is training this run.")
             echo(f"{folder}: waiting, since another process is training it.", err=True)
             fcntl.flock(log, fcntl.LOCK_EX)
+        need(wait or rank or begun or not (folder / "run.json").exists(),
+             f"{folder}: another process has begun a run there since this one started.")
         yield log
 
 class RecordedStep:
@@ -1812,7 +1811,6 @@ def write_on(model, rows, ends, length, generator, temperature):
 SUITES = ("blimp", "supplement", "ewok")
 
 def group_by(items, key):
-    """Group items by key, in the order of first appearance."""
     groups = {}
     for item in items:
         groups.setdefault(key(item), []).append(item)
@@ -1858,7 +1856,7 @@ def read_pairs(folder, sample=0, rule="2024"):
         names = lines.pop(0) if path.suffix != ".jsonl" and lines else None
         pairs += [read_pair(line, path, number, rule, names)
                   for number, line in enumerate(lines, 1 if names is None else 2) if line.strip()]
-    need(pairs, f"{folder} holds no minimal pairs: *.jsonl or, below a line of names, *.tsv, *.csv "
+    need(pairs, f"{folder} has no minimal pairs: *.jsonl or, below a line of names, *.tsv, *.csv "
          "(see data/download.py); to train without any: --pairs none.")
     return pairs[::max(1, round(len(pairs) / sample)) if sample else 1]
 
@@ -1884,11 +1882,11 @@ def summarise(pairs, scores):
     return {**mean_row(list(paradigms.values())), "paradigms": paradigms,
             "phenomena": {term: mean_row(rows) for term, rows in terms}}
 
-def keep_scores(folder, suite, pairs, scores):
+def keep_scores(folder, suite, pairs, scores, weights):
     """Write a model's scores to its folder: a line with count and hashes, then a line a pair."""
     rows = [{"phenomenon": pair.phenomenon, "paradigm": pair.paradigm, "line": pair.line,
              "good": good, "bad": bad} for pair, (good, bad) in zip(pairs, scores.tolist())]
-    rows = [{"pairs": len(pairs), "weights": weights_digests(folder)}, *rows]
+    rows = [{"pairs": len(pairs), "weights": weights}, *rows]
     named = json.dumps([pair[:4] for pair in pairs])        # a sample does not replace the whole
     with written_whole(folder / f"{suite}-{digest(named.encode())[:8]}.jsonl") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
@@ -2096,6 +2094,7 @@ def print_results(runs, trained, corpus, pairs, device):
     """Print what the models have learnt, side by side, and where they are."""
     results, lines = {}, []
     for run in runs:
+        weights = weights_digests(run.out)
         model, _ = load_model(run.out, device)
         loss = held_out_loss(model, corpus.dev, runs[-1].settings)
         found = "" if loss is None else f", held-out loss {loss:.4f} nats a token"
@@ -2105,7 +2104,7 @@ def print_results(runs, trained, corpus, pairs, device):
             results[run.name] = summarise(pairs, scores)
             found += f", {results[run.name]['accuracy']:.1%} of minimal pairs right"
             if not run.given:               # a given folder may be somebody else's
-                keep_scores(run.out, "blimp", pairs, scores)
+                keep_scores(run.out, "blimp", pairs, scores, weights)
         if run in trained:
             write_card(run, corpus, found)
     if pairs:
@@ -2208,8 +2207,7 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
     need({"run.json", "log.jsonl"} <= names or not filled and not out.is_file(),
          f"{out} already holds files that are no run: choose another --out.")
     need(overwrite or resume or not names & {"model.safetensors", "run.json"}, f"{out} already "
-         "holds a run: choose another --out, or add --overwrite to replace it, or --resume to go "
-         "on with it where it was interrupted.")
+         "holds a run: choose another --out, or --resume to finish it, or --overwrite it.")
     small = Path(settings.text).resolve() == TINY       # any other text gets BLiMP, if it is there
     folder = Path(settings.pairs or (TINY / "blimp" if small else HOME / "data/blimp"))
     none = settings.pairs == "none" or not settings.pairs and not folder.exists()
@@ -2234,7 +2232,7 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
         return
     for run in todo:
         is_teacher = run is not runs[-1]            # it always goes on where it was stopped
-        with locked_log(run.out, is_teacher) as log:
+        with locked_log(run.out, is_teacher, "run.json" in names) as log:
             if not run.finished or overwrite and not is_teacher:
                 fit(run, corpus, device, log, resume or is_teacher)
     if rank == 0:
@@ -2260,13 +2258,15 @@ def eval_blimp_command(folder, data, suite, rule, sample, device, as_json):
     kept = HOME / "data" / suite
     data = data or (kept if kept.exists() or suite != "blimp" else TINY / suite)
     pairs = read_pairs(data, sample, rule)
+    weights = weights_digests(folder)           # before: who writes it anew meanwhile is noticed
     model, vocabulary = load_model(folder, choose_device(device))
     scores = score_pairs(model, vocabulary, pairs, f"scoring {folder}", rule)
     result = summarise(pairs, scores)
     found = {"model": str(folder), "data": str(data).removeprefix(f"{HOME}/"), **result}
     table = f"{folder} on {found['data']}, rule {rule}\n\n{pairs_table({'accuracy': result}, True)}"
     try:
-        keep_scores(folder, suite if rule == "2024" else f"{rule}-{suite}", pairs, scores)
+        suite = suite if rule == "2024" else f"{rule}-{suite}"
+        keep_scores(folder, suite, pairs, scores, weights)
     finally:                            # a folder may be read-only
         echo(json.dumps(found, indent=2) if as_json else table)
 
