@@ -1001,7 +1001,7 @@ class Settings:
     """All settings of a run. By default the model is the paper's student of 58M parameters."""
     # what is read, and how it becomes ids
     text: str = setting(f"{TINY}", "File or folder of text: *.train, *.txt; UTF-8.", path=True)
-    dev: str = setting("", "Folder of held-out text, *.dev, dev.txt; empty: --text's.", path=True)
+    dev: str = setting("", "Held-out file or folder of *.dev, dev.txt; empty: --text's.", path=True)
     tokenizer: str = setting("", "A tokenizer.json or its folder; empty: train one.", path=True)
     vocab_size: int = setting(16_000, "V of a tokenizer that is trained.", low=259, high=2**24)
     prefix: str = setting("line", "Before a line: <s> and a space, or nothing.", ("line", "none"))
@@ -1195,7 +1195,8 @@ def fingerprint(vocabulary):
 def read_corpus(settings, cache):
     """Read and encode the corpus; keep a tokenizer in a folder named by a hash of its source."""
     train = read_text(Path(settings.text), r".*\.train|(?!dev\.txt$).*\.txt")
-    dev = read_text(Path(settings.dev or settings.text), r".*\.dev|dev\.txt")
+    names = ".*" if Path(settings.dev).is_file() else r".*\.dev|dev\.txt"
+    dev = read_text(Path(settings.dev or settings.text), names)
     need(train, f"{settings.text} holds no *.train and no *.txt: expected text.")
     need(dev or not settings.dev, f"{settings.dev} holds no *.dev and no dev.txt: expected text.")
     texts = [train, dev] if settings.keep == "best" else [train]    # what decides what is learnt
@@ -1456,7 +1457,6 @@ def checkpoint_steps(corpus, settings):
     return {name: step for name, step in found.items() if step <= steps}
 
 def step_dtype(settings, device):
-    """Return the dtype of a step's matmuls on a device."""
     name = settings.precision
     if name == "auto" and device == "cuda":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
@@ -1916,8 +1916,8 @@ def common_scores(folders, suite):
     names = [{path.name for path in folder.glob("*.jsonl") if path.name.startswith(suite)}
              for folder in folders]
     common = sorted(set.intersection(*names))
-    need(common, f"{', '.join(map(str, folders))} have no scores of the same {suite} items: score "
-         "each in the same way (eval-blimp or a script in data/, --suite, --sample, --rule).")
+    need(common, f"{', '.join(map(str, folders))} have no scores of the same {suite} items, or do "
+         "not exist: score each in the same way (eval-blimp or a script in data/, --sample, ...).")
     return max(common, key=lambda name: (folders[0] / name).stat().st_size)
 
 def read_scores(path):

@@ -406,9 +406,15 @@ def run_facts(folder: Path, scores: str | None, device: str) -> dict[str, float]
     with c.reading(folder / "run.json"):
         settings = record["settings"]
         text = Path(settings["dev"] or settings["text"])
-        seed, T, prefix = (c.checked(c.KNOWN[key], settings[key], key)
+        seed, T, prefix = (c.checked(c.KNOWN[key], settings[key], f"{folder}/run.json: {key}")
                            for key in ("seed", "context", "prefix"))
         teachers = [Path(teacher) for teacher in record["teachers"]]
+        teachers = [teacher if teacher.exists() else folder.resolve().parent / teacher.name
+                    for teacher in teachers]            # a run and its teachers may have moved
+        known = record["digests"]["weights"][:len(teachers)]
+    c.need(known == [c.weights_digests(teacher) for teacher in teachers],
+           f"{folder} learnt from {' and '.join(map(str, teachers))}: there are other weights now, "
+           "or none, or an older version made the run.")
     model, vocabulary = c.load_model(folder, device)
     c.need(T <= model.config.positions, f"{folder}: run.json has a context of {T}: expected at "
            f"most the model's {model.config.positions} positions.")
@@ -425,7 +431,9 @@ def recipe(folder: Path) -> str:
     with c.reading(folder / "run.json"):
         names = [*c.RECIPE, "dev", "eval_every", "keep"]
         facts = {name: record["settings"].get(name) for name in names if name != "seed"}
-        return json.dumps([facts, record["digests"]["text"], len(record["teachers"])])
+        sources = [record["digests"]["text"], record["digests"]["tokenizer"]]
+        return json.dumps([facts, sources, bool(record["settings"]["init"]),
+                           len(record["teachers"])])
 
 
 @cli.command("held-out")
@@ -442,6 +450,8 @@ def held_out_command(folders: tuple[Path, ...], device: str, as_json: bool) -> N
     \b
     Example: python data/figures.py held-out runs/tiny-ce-0-seed? runs/tiny-rkl-1-seed?"""
     groups = c.group_by(folders, recipe)
+    if len({json.loads(key)[1][1] for key in groups}) > 1:
+        click.echo("Runs of several vocabularies: their nats a token do not compare.", err=True)
     kept = [{path.name for path in folder.glob("blimp-*.jsonl")} for folder in folders]
     scores = c.common_scores(list(folders), "blimp") if set.intersection(*kept) else None
     device, found = c.choose_device(device), {}
@@ -496,12 +506,14 @@ def macro_command(folders: tuple[Path, ...]) -> None:
     click.echo(f"{'':<{width}}" + "".join(f"{name:>11}" for name in (*c.SUITES, "glue", "macro"))
                + "  missing tasks")
     for folder in folders:
+        c.need(folder.is_dir(), f"{folder} does not exist: expected a model's folder.")
         means = [kept_mean(folder, suite) for suite in c.SUITES]
-        tasks = {}
+        weights, tasks = c.weights_digests(folder), {}
         for path in sorted(folder.glob("glue-*.jsonl"), key=lambda path: path.stat().st_mtime):
             with c.reading(path):
                 facts = json.loads(path.read_bytes().splitlines()[0])
-                tasks |= {row["task"]: float(row["figure"]) for row in facts["rows"]}
+                rows = facts["rows"] if facts["weights"] == weights else []     # of other weights
+                tasks |= {row["task"]: float(row["figure"]) for row in rows}
         means.append(float(np.mean([*tasks.values()])) if tasks else None)
         missing = sorted(GLUE - tasks.keys())
         whole = None not in means and not missing
@@ -667,9 +679,11 @@ def toy_command(objectives: tuple[str, ...], svg: Path | None, as_json: bool, **
 
     \b
     Example: python data/figures.py toy --svg toy.svg"""
+    c.need(not svg or svg.suffix == ".svg" and (svg.is_file() or not svg.exists()),
+           f"--svg {svg}: expected the name of a file *.svg.")
     results = toy_results(objectives, **how)
     if svg:
-        with c.written_whole(svg) as file:
+        with c.written_whole(svg.resolve()) as file:
             file.write(toy_figure(results).encode())
     click.echo(json.dumps(results, indent=2) if as_json else toy_table(results, how["epochs"]))
 

@@ -115,11 +115,12 @@ def evaluate(folder, model, tokenizer, task, paths, how):
         guesses = np.array([each[name] for each in found])              # (seeds, n)
         values = [figure(task, labels, each) for each in guesses]
         right = (guesses == labels).mean(0)                             # (n,)
+        error = right.std() / (len(right) - 1)**0.5 if len(right) > 1 else 0.5
         rows.append({"task": name, "chosen": epochs, "train": len(train[1]), "valid": len(labels),
                      "metric": METRICS[task], "figure": np.mean(values), "values": values,
                      "spread": f"{np.std(values, ddof=1):.1%}" if len(values) > 1 else "unknown",
                      "majority": figure(task, labels, 0 * labels + np.bincount(train[1]).argmax()),
-                     "accuracy": right.mean(), "stderr": right.std() / max(1, len(right) - 1)**0.5})
+                     "accuracy": right.mean(), "stderr": error})
         lines += [{"phenomenon": name, "paradigm": name, "line": i + 1, "score": right[i],
                    "predictions": guesses[:, i].tolist()} for i in range(len(labels))]
     facts = {"pairs": len(lines), "weights": weights, "rows": rows, **how}
@@ -147,6 +148,7 @@ def cli(folder, data, tasks, device, as_json, **how):
     c.need(c.os.access(folder, c.os.W_OK), f"{folder} is missing, or cannot be written to.")
     model, (tokenizer, *_) = c.load_model(folder, c.choose_device(device))
     torch.set_num_threads(1 if model.config.width < 128 else torch.get_num_threads())   # as train
+    c.need(model.config.positions >= 8, f"{folder} takes less than 8 positions: expected more.")
     tokenizer.enable_truncation(min(how["tokens"], model.config.positions))
     rows = []
     for task in dict.fromkeys(task.removesuffix("-mm") for task in tasks or TEXTS):     # mnli's

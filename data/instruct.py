@@ -87,7 +87,8 @@ def read_corpus(settings: c.Settings, _) -> c.Corpus:
     vocabulary = c.load_vocabulary(Path(settings.tokenizer))
     train = read_examples(Path(settings.text), rf"(?!{DEV}|(.*\.)?test\.).*\.jsonl")
     dev = read_examples(Path(settings.dev or settings.text), DEV)
-    c.need(train, f"{settings.text} holds no *.jsonl: expected lines of prompts and responses.")
+    c.need(train, f"{settings.text} holds no *.jsonl (but *.dev, *.test): expected lines of prompts "
+           "and responses.")
     c.need(dev or not settings.dev, f"{settings.dev} holds no *.dev.jsonl and no *.valid.jsonl.")
     ids = [encode_examples(vocabulary, examples, settings.context) for examples in (train, dev)]
     c.need(len(ids[0]) > 1, f"no example in {settings.text} fits: expected a longer --context.")
@@ -215,7 +216,8 @@ def cli(ctx, folder, data, seeds, sample, length, temperature, batch_size, out, 
     # all that decides a score, but the model, is in the name: compare takes files of one name
     facts = {"seeds": seeds, "length": length, "temperature": temperature, "words": words,
              "batch_size": batch_size}
-    name = f"{data.stem[:100]}-t{temperature:g}-{c.digest(repr((examples, facts)).encode())[:8]}"
+    stem = data.stem.encode(errors="replace")[:100].decode(errors="ignore")     # in bytes
+    name = f"{stem}-t{temperature:g}-{c.digest(repr((examples, facts)).encode())[:8]}"
     path = folder / f"rouge-{name}.jsonl"
     items = [{"pairs": len(lines), "weights": weights, **facts}]
     for (i, _), *scored in zip(lines, *passes):

@@ -558,7 +558,9 @@ def bigram_scores(folder: Path = HERE) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    if "--bigram" in sys.argv[1:]:
+    if sys.argv[1:] not in ([], ["--bigram"]):
+        sys.exit("expected no argument (write data/tiny anew) or --bigram (score its pairs).")
+    if sys.argv[1:]:
         accuracy = bigram_scores()
         for name, value in accuracy.items():
             print(f"{name:<48} {value:6.1%}")
