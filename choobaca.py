@@ -2207,7 +2207,7 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
     need({"run.json", "log.jsonl"} <= names or not filled and not out.is_file(),
          f"{out} already holds files that are no run: choose another --out.")
     need(overwrite or resume or not names & {"model.safetensors", "run.json"}, f"{out} already "
-         "holds a run: choose another --out, or --resume to finish it, or --overwrite it.")
+         "holds a run: choose another --out, or --resume to go on, or add --overwrite.")
     small = Path(settings.text).resolve() == TINY       # any other text gets BLiMP, if it is there
     folder = Path(settings.pairs or (TINY / "blimp" if small else HOME / "data/blimp"))
     none = settings.pairs == "none" or not settings.pairs and not folder.exists()
