@@ -108,7 +108,7 @@ def plain_loss(z, w, targets, tau, alpha):
     loss asks for the token that came, and for the teacher's probabilities of all V tokens.
 
     We cannot afford it: up to 8 arrays (N, V) at once. FusedLoss in section 5 does without them."""
-    ce = F.cross_entropy(z, targets, reduction="sum")           # the text: KL from 1 at the target
+    ce = F.cross_entropy(z, targets, reduction="sum")           # KL from the text: 1 at the target
     log_q = F.log_softmax(z / tau, -1)                          # what the student expects
     log_p = F.log_softmax(w / tau, -1)                          # what the teacher expects
     divergence = (log_q.exp() * (log_q - log_p)).sum()          # reverse KL, over V and over N
@@ -376,7 +376,7 @@ class Llama(nn.Module):
 #
 # Forward KL repairs what the student misses, reverse KL what it invents. ("dog" is too likely, but
 # its r is below the KL, so it rises.) With time both reach q = p if they can; but by its factor q,
-# reverse KL hardly moves what the student has dropped: p = .4, q = .0001: -.001, forward KL's -.4.
+# reverse KL hardly moves what the student has dropped (-.001 at p .4, q .0001; forward KL -.4).
 
 def kl(log_a, log_b):
     """KL(a || b) = sum a log(a / b) of each row: (n, V), (n, V) -> (n,)"""
