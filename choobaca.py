@@ -1549,10 +1549,10 @@ def describe_plan(run, corpus):
     words = words_read(steps, corpus, settings)
     much = words > 1e8 and corpus.words < 1.1e7
     limit = ", of which BabyLM's strict-small track allows 100 million" if much else ""
-    kept = ", ".join(checkpoint_steps(corpus, settings)) or "none: too few words"
+    kept = ", ".join(checkpoint_steps(corpus, settings)) or "no checkpoint: too few words"
     return (f"{settings.model_type}, {parameters:,} parameters, {describe_loss(settings)}, "
             f"{steps:,} steps of {tokens:,} tokens, {steps / per_epoch:.2g} epochs, about "
-            f"{words:,.0f} words{limit}{f', checkpoints {kept}' if settings.checkpoints else ''}")
+            f"{words:,.0f} words{limit}{f', it reaches {kept}' if settings.checkpoints else ''}")
 
 def write_card(run, corpus, found):
     """Write a run's model card, as the Hugging Face hub shows it."""
