@@ -86,7 +86,7 @@ def setting(default, help, choices=(), low=0, high=2**31 - 1, path=False):
 # A language model gives each next token a probability. The text says only which token came: "dog",
 # so 1 for dog and 0 for the others. A teacher says more: dog .50, cat .40, car .09, of .01. "Cat"
 # is nearly as good as "dog", "of" next to impossible: the text does not say that, the teacher does.
-# Distillation trains the student on these numbers, so both have one vocabulary. We have to choose a
+# Distillation trains the student on these numbers, so both share a vocabulary. We have to choose a
 # distance between two lists of probabilities, the teacher's p and the student's q:
 #
 #     forward KL  sum p log(p / q)   weighs by the teacher: do not miss what the teacher says
@@ -701,7 +701,7 @@ class FusedLoss(torch.autograd.Function):
         return *gradients, *[None] * 5
 
 class Coach:
-    """One or more teachers as one: BabyLlama averages logits: a geometric mean, normalised.
+    """Join one or more teachers: BabyLlama averages logits, which is a geometric mean, normalised.
     The mean of K products is one product of hidden states and heads side by side:
     [h1 h2] @ [head1 head2].T / 2 = (h1 @ head1.T + h2 @ head2.T) / 2."""
 
@@ -1549,10 +1549,10 @@ def describe_plan(run, corpus):
     words = words_read(steps, corpus, settings)
     much = words > 1e8 and corpus.words < 1.1e7
     limit = ", of which BabyLM's strict-small track allows 100 million" if much else ""
-    kept = ", ".join(checkpoint_steps(corpus, settings)) or "no checkpoint: too few words"
+    kept = ", ".join(checkpoint_steps(corpus, settings)) or "none: too few words"
     return (f"{settings.model_type}, {parameters:,} parameters, {describe_loss(settings)}, "
             f"{steps:,} steps of {tokens:,} tokens, {steps / per_epoch:.2g} epochs, about "
-            f"{words:,.0f} words{limit}{f', it reaches {kept}' if settings.checkpoints else ''}")
+            f"{words:,.0f} words{limit}{f', enough for {kept}' if settings.checkpoints else ''}")
 
 def write_card(run, corpus, found):
     """Write a run's model card, as the Hugging Face hub shows it."""
@@ -1632,7 +1632,7 @@ def begin_run(run, record, steps, log, resume, parts):
     return progress
 
 @contextlib.contextmanager
-def locked_log(folder, wait, begun):
+def locked_log(folder, wait, begun):    # begun: there was a run when this command started
     """Open a run's log, and keep other processes from training there; a crash ends the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     rank, size = rank_and_size()

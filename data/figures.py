@@ -418,7 +418,8 @@ def run_facts(folder: Path, scores: str | None, device: str) -> dict[str, float]
     model, vocabulary = c.load_model(folder, device)
     c.need(T <= model.config.positions, f"{folder}: run.json has a context of {T}: expected at "
            f"most the model's {model.config.positions} positions.")
-    ids = c.encode(vocabulary, c.read_text(text, r".*\.dev|dev\.txt"), prefix)
+    names = ".*" if Path(settings["dev"]).is_file() else r".*\.dev|dev\.txt"         # as training
+    ids = c.encode(vocabulary, c.read_text(text, names), prefix)
     loaded = [c.load_model(teacher, device)[0] for teacher in teachers]
     coach = c.Coach(loaded, V=vocabulary.size) if teachers else None
     found = {"seed": seed, **held_out(model, coach, ids, T)}

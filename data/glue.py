@@ -148,7 +148,7 @@ def cli(folder, data, tasks, device, as_json, **how):
     c.need(c.os.access(folder, c.os.W_OK), f"{folder} is missing, or cannot be written to.")
     model, (tokenizer, *_) = c.load_model(folder, c.choose_device(device))
     torch.set_num_threads(1 if model.config.width < 128 else torch.get_num_threads())   # as train
-    c.need(model.config.positions >= 8, f"{folder} takes less than 8 positions: expected more.")
+    c.need(model.config.positions >= 8, f"{folder} takes fewer than 8 positions: expected more.")
     tokenizer.enable_truncation(min(how["tokens"], model.config.positions))
     rows = []
     for task in dict.fromkeys(task.removesuffix("-mm") for task in tasks or TEXTS):     # mnli's

@@ -87,8 +87,8 @@ def read_corpus(settings: c.Settings, _) -> c.Corpus:
     vocabulary = c.load_vocabulary(Path(settings.tokenizer))
     train = read_examples(Path(settings.text), rf"(?!{DEV}|(.*\.)?test\.).*\.jsonl")
     dev = read_examples(Path(settings.dev or settings.text), DEV)
-    c.need(train, f"{settings.text} holds no *.jsonl (but *.dev, *.test): expected lines of prompts "
-           "and responses.")
+    c.need(train, f"{settings.text} holds no *.jsonl to train on (*.dev.jsonl and *.test.jsonl are "
+           "not): expected lines of prompts and responses.")
     c.need(dev or not settings.dev, f"{settings.dev} holds no *.dev.jsonl and no *.valid.jsonl.")
     ids = [encode_examples(vocabulary, examples, settings.context) for examples in (train, dev)]
     c.need(len(ids[0]) > 1, f"no example in {settings.text} fits: expected a longer --context.")
