@@ -240,18 +240,18 @@ def plain_attention(q, k, v, sees):
     return scores.softmax(-1) @ v                               # the mean of v by these weights
 
 def rotary_angles(positions, D, theta):
-    """Return cosine and sine of the angle of each position in D/2 planes: two (..., 1, T, D/2)."""
-    even = torch.arange(0, D, 2, device=positions.device, dtype=torch.float32)          # (D/2,)
-    speed = theta ** -(even / D)
+    """Return cos and sin of each position's D/2 angles, first negated: two (..., 1, T, D)."""
+    speed = theta ** -(torch.arange(0, D, 2, device=positions.device) / D)              # (D/2,)
     angle = positions[..., None, :, None] * speed               # the same for all heads
+    angle = torch.cat([-angle, angle], -1)                      # cos is the same, sin is not
     return angle.cos(), angle.sin()
 
 def rotate(x, cos, sin):
     """Turn each vector by the angles of its position: (B, H, T, D) -> (B, H, T, D).
-    Plane d is made of coordinates d and d + D/2. After the turn, the dot product of a query at t
-    and a key at s depends on t - s alone, which is the point of rotary positions."""
-    a, b = x.chunk(2, dim=-1)                                           # (B, H, T, D/2) each
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    Plane d has a at d and b at d + D/2, which become a cos - b sin and b cos + a sin. So the dot
+    product of a query at t and a key at s depends on t - s alone: the point of the rotation."""
+    swapped = x.roll(x.shape[-1] // 2, -1)                              # b at d, a at d + D/2
+    return torch.addcmul(x * cos, swapped, sin)                         # at d, this is -sin
 
 def split_heads(x, heads):
     """(B, T, H * D) -> (B, H, T, D)"""
