@@ -788,8 +788,8 @@ def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype, 
 # sum of its tokens' log-probabilities, each given <s> (EWoK: a context, no <s>) and all before it.
 # A sentence has a leading space. A tie counts for the good one. A pair, by one tiny run:
 #
-#     The donkey with the pigs jumps.   -22.65 nats      right, by 1.85 nats,
-#     The donkey with the pigs jump.    -24.50 nats      though "pigs" is next to the verb
+#     The donkey with the pigs jumps.   -22.60 nats      right, by 2.79 nats,
+#     The donkey with the pigs jump.    -25.39 nats      though "pigs" is next to the verb
 
 class Pair(NamedTuple):
     good: tuple                     # what is given, and what is scored after it
