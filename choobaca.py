@@ -2,9 +2,9 @@
 
 A teacher is trained on text. A student learns from the same text and, at every token, from the
 teacher's whole distribution over the next token, under reverse KL or another divergence.
-Both are scored on minimal pairs: is "The dogs run." likelier than "The dogs runs."? It follows "the
-paper": Shi, Matusevych and Nissim 2024, "Choosy Babies Need One Coach". The "AKL paper" is Wu et
-al. 2024, "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for LLMs".
+Both are scored on minimal pairs: is "The dogs run." likelier than "The dogs runs."? "The paper" is
+Shi, Matusevych and Nissim 2024, "Choosy Babies Need One Coach", which we follow; the "AKL paper" is
+Wu et al. 2024, "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for LLMs".
 
     python choobaca.py train --objective rkl --teachers 1     train a teacher, then its student
     python choobaca.py eval-blimp                             score the newest run
@@ -20,7 +20,7 @@ Part two makes a tool of it, and needs no reading: 8 files and settings, 9 the c
 11 run folders, 12 training, 13 sampling, 14 tables, 15 the command line. Shapes have these letters:
 
     B batch   T time   N = B * T tokens   C width (C' teacher)   H heads   D = C / H   V vocabulary
-    n tokens, the rows of a chunk or of a block   S keys, masked or not   head (V, C): output matrix
+    n rows (tokens) of a chunk or block   S keys, cached and new   head (V, C): the output matrix
 
 The paper's temperature is called tau, since T is time. Where we differ from the paper or from
 BabyLlama, whose code it builds on, the place is marked with its number in this list:
@@ -86,8 +86,8 @@ def setting(default, help, choices=(), low=0, high=2**31 - 1, path=False):
 # A language model gives each next token a probability. The text says only which token came: "dog",
 # so 1 for dog and 0 for the others. A teacher says more: dog .50, cat .40, car .09, of .01. "Cat"
 # is nearly as good as "dog", "of" next to impossible: the text does not say that, the teacher does.
-# Distillation trains the student on these numbers, so both share a vocabulary. We have to choose a
-# distance between two lists of probabilities, the teacher's p and the student's q:
+# Distillation trains the student on these numbers, so the two must share a vocabulary. We have to
+# choose a distance between two lists of probabilities, the teacher's p and the student's q:
 #
 #     forward KL  sum p log(p / q)   weighs by the teacher: do not miss what the teacher says
 #     reverse KL  sum q log(q / p)   weighs by the student: do not say what the teacher does not
@@ -97,9 +97,9 @@ def setting(default, help, choices=(), low=0, high=2**31 - 1, path=False):
 # reverse KL it can keep to a part (a "mode") that it gets right. The paper asks which is better.
 #
 # Temperature: we divide both models' logits by tau = 2 before the softmax. That flattens both
-# lists, so that tokens which the teacher finds unlikely count for more. It also makes gradients
-# smaller: by 1 / tau by the chain rule and, if tau is high, by another 1 / tau, because flatter
-# lists differ less. The factor tau^2 in the loss makes up for it, in full only if tau is high.
+# lists, so that tokens which the teacher finds unlikely count for more. It also divides gradients
+# by tau (the chain rule) and, if tau is high, by tau once more, because flatter lists differ less.
+# The factor tau^2 in the loss makes up for it, in full only if tau is high.
 
 def plain_loss(z, w, targets, tau, alpha):
     """Return the loss that is the whole lesson, summed over N tokens (the paper's Eq. 9).
@@ -108,7 +108,7 @@ def plain_loss(z, w, targets, tau, alpha):
     loss asks for the token that came, and for the teacher's probabilities of all V tokens.
 
     We cannot afford it: up to 8 arrays (N, V) at once. FusedLoss in section 5 does without them."""
-    ce = F.cross_entropy(z, targets, reduction="sum")           # KL from the text: 1 at the target
+    ce = F.cross_entropy(z, targets, reduction="sum")           # KL(text, student): 1 at target
     log_q = F.log_softmax(z / tau, -1)                          # what the student expects
     log_p = F.log_softmax(w / tau, -1)                          # what the teacher expects
     divergence = (log_q.exp() * (log_q - log_p)).sum()          # reverse KL, over V and over N
@@ -131,8 +131,8 @@ def distil_in_short(student, teacher, batches, tau=2.0, alpha=0.5, lr=4e-3):
 #
 # lines of text  ->  ids (tokens,)  ->  inputs (B, T) and targets (B, T) of a step
 #
-# A model predicts each token from those before it, the first of a line from a prefix token, <s>.
-# Rows are cut anywhere, so they begin in mid-line, and attention looks back across lines.
+# A model predicts each token from those before it; a line's first follows a prefix token, <s>.
+# Rows are cut anywhere, so most begin in mid-line, and attention looks back across lines.
 
 class Vocabulary(NamedTuple):
     """A tokenizer and the files that belong to it."""
@@ -165,9 +165,8 @@ def train_tokenizer(lines, vocab_size):
     return tokenizer
 
 def encode(vocabulary, lines, prefix):
-    """Encode lines and join their ids end to end: (tokens,).
-
-    The lines "A dog." and "It ran." become, by the prefix setting,
+    """Encode lines and join their ids end to end: (tokens,). By the prefix setting, the lines
+    "A dog." and "It ran." become
 
         line    <s> " A dog." <s> " It ran."
         none    "A dog." "\\n" "It ran." "\\n"
@@ -203,15 +202,16 @@ def row_starts(rows, settings, epoch):
     return starts + draw.integers(0, settings.context, rows) * settings.random_offset
 
 def windows(ids, starts, T):
-    """Cut inputs and targets, (rows, T) int64 each, out of the ids.
-    For ids 0, 1, 2, ..., T = 4 and a start of 8: inputs 8 9 10 11, targets 9 10 11 12. An id i that
-    is only read, as a prompt's is (data/instruct.py), is stored as ~i = -1 - i: target -1."""
+    """Cut inputs and targets, (rows, T) int64 each: for ids 0, 1, 2, ..., T = 4 and a start of 8,
+    8 9 10 11 and 9 10 11 12. An id that is only read, as a prompt's is, is stored negated."""
     rows = ids[starts[:, None] + np.arange(T + 1)]                      # (rows, T + 1)
     rows = torch.from_numpy(rows.astype(np.int64))
-    return torch.where(rows < 0, ~rows, rows)[:, :-1], rows[:, 1:].clamp(min=-1)
+    inputs = torch.where(rows < 0, ~rows, rows)[:, :-1]         # ~i = -1 - i (data/instruct.py)
+    targets = rows[:, 1:].clamp(min=-1)                         # -1: no target
+    return inputs, targets
 
 def batch_at(step, ids, settings):
-    """Return inputs and targets of a step, (B, T) each: a pure function of seed and step."""
+    """Return inputs and targets of a step, (B, T) each: a pure function of step, ids, settings."""
     B = settings.batch_size
     rows = count_rows(len(ids), settings)               # an epoch permutes and shifts them
     epoch, i = divmod(step, rows // B)                  # what does not fill a batch is left out
@@ -240,7 +240,7 @@ def plain_attention(q, k, v, sees):
     return scores.softmax(-1) @ v                               # the mean of v by these weights
 
 def rotary_angles(positions, D, theta):
-    """Return cos and sin of each position's D/2 angles, first negated: two (..., 1, T, D)."""
+    """Return cos and sin of each position's D/2 angles, negated, then plain: two (..., 1, T, D)."""
     speed = theta ** -(torch.arange(0, D, 2, device=positions.device) / D)              # (D/2,)
     angle = positions[..., None, :, None] * speed               # the same for all heads
     angle = torch.cat([-angle, angle], -1)                      # cos is the same, sin is not
@@ -251,7 +251,7 @@ def rotate(x, cos, sin):
     Plane d has a at d and b at d + D/2, which become a cos - b sin and b cos + a sin. So the dot
     product of a query at t and a key at s depends on t - s alone: the point of the rotation."""
     swapped = x.roll(x.shape[-1] // 2, -1)                              # b at d, a at d + D/2
-    return torch.addcmul(x * cos, swapped, sin)                         # at d, this is -sin
+    return torch.addcmul(x * cos, swapped, sin)                         # sin has its minus at d
 
 def split_heads(x, heads):
     """(B, T, H * D) -> (B, H, T, D)"""
@@ -334,8 +334,8 @@ class Llama(nn.Module):
         return (self.lm_head or self.embed_tokens).weight
 
     def hidden(self, ids, cache=None, tree=None):
-        """(B, T) -> (B, T, C). `tree` replaces positions 0, 1, ... and the causal mask. To
-        continue a `cache` (a list per layer) of earlier calls takes a `tree`, too."""
+        """(B, T) -> (B, T, C). `tree` replaces positions 0, 1, ... and the causal mask. With a
+        `cache` (a list per layer) that earlier calls have filled, a `tree` is needed, too."""
         positions = tree.depth if tree else torch.arange(ids.shape[1], device=ids.device)
         D = self.config.width // self.config.heads
         angles = rotary_angles(positions, D, self.config.rope_theta)
@@ -349,18 +349,18 @@ class Llama(nn.Module):
 
 # 4. Divergences --------------------------------------------------------------
 #
-# student's and teacher's logits / tau (n, V); the letters q, k, v are no longer attention's
-#   ->  the divergence of each row, and its gradient with respect to the student's (n, V)
+# u, v (n, V): student's and teacher's logits / tau; q, k, v are no longer attention's
+#   ->  the divergence f of each row, and its gradient with respect to u (n, V)
 #
 #     z, w   logits of student and teacher          q, p   softmax(u) and softmax(v)
-#     u, v   z / tau and w / tau                    r, k   log q - log p and df/dq
+#     u, v   z / tau and w / tau                    r      log q - log p            k   df/dq
 #
 # Every gradient comes from one line. For any f(q), with q = softmax(u) and k = df/dq,
 #
 #     df/du_j = sum_i k_i dq_i/du_j = sum_i k_i q_i ([i = j] - q_j) = q_j (k_j - sum_i q_i k_i)
 #
 # In words: a token's q times (its k minus the q-weighted mean of k). So a constant added to k
-# changes nothing. [i = j] is 1 where i is j, else 0.
+# changes nothing. [i = j] is 1 if i is j, else 0.
 #
 #     reverse KL   f = sum q (log q - log p)   k = r + 1    gradient q (r - KL)
 #     forward KL   f = sum p (log p - log q)   k = -p / q   gradient q - p, since sum q k = -1
@@ -371,12 +371,12 @@ class Llama(nn.Module):
 #     teacher p                      .500    .400    .090    .010
 #     student q                      .880    .010    .010    .100
 #     r = log q - log p              .565  -3.689  -2.197   2.303
-#     forward KL 1.368, q - p        .380   -.390   -.080    .090    first: raise "cat", lower "dog"
-#     reverse KL  .669, q (r - KL)  -.091   -.044   -.029    .163    first: lower "of"
+#     forward KL 1.368, q - p        .380   -.390   -.080    .090    most: raise "cat", lower "dog"
+#     reverse KL  .669, q (r - KL)  -.091   -.044   -.029    .163    most: lower "of"
 #
 # Forward KL repairs what the student misses, reverse KL what it invents. ("dog" is too likely, but
-# its r is below the KL, so it rises.) With time both reach q = p if they can; but by its factor q,
-# reverse KL hardly moves what the student has dropped (-.001 at p .4, q .0001; forward KL -.4).
+# its r is below the KL, so it rises.) In time both reach q = p if they can; but its factor q keeps
+# reverse KL from reviving what the student has dropped (-.001 at p .4, q .0001; forward KL -.4).
 
 def kl(log_a, log_b):
     """KL(a || b) = sum a log(a / b) of each row: (n, V), (n, V) -> (n,)"""
@@ -391,9 +391,9 @@ def likely_share(q, p, mu):
 
     The likely tokens are the fewest whose p sums to at least mu, as in top-p sampling; what ties
     with the last of them is likely as well. The AKL paper calls them its "head" (Eqs. 11 to 14);
-    its released code counts the one that crosses mu as unlikely, unless it is the likeliest."""
-    # Sort each row, rising. Tokens under (1 - mu) / V sum to less than 1 - mu: none is likely. We
-    # raise them to (1 - mu) / V, as equal ones sort fast. On a CPU NumPy sorts faster than torch.
+    in its released code the token that reaches mu is unlikely, unless it is the likeliest."""
+    # Sort, rising. Tokens under (1 - mu) / V hold under 1 - mu in all, the rest over mu: none of
+    # them is likely. Raised to that bound, as equals, they sort fast. On a CPU NumPy sorts faster.
     V = p.shape[1]
     rising = p.clamp(min=(1 - mu) / V)
     if p.is_cuda:
@@ -479,8 +479,8 @@ def by_autograd(definition, u, v, targets, *constants):
 # Now the fast way: four of them with their gradients written out, in place and in fp32.
 
 def to_probabilities(u, v):
-    """Return q, p, r (n, V) and c (n, 1): here log q - log p is r + c. v is overwritten; u's rows
-    must have 0 as maximum. r is cut off at 87 in fp32 (exp(-87) is near its least normal number):
+    """Return q, p, r (n, V) and c (n, 1), where log q - log p = r + c. v is overwritten; rows of u
+    and v must have 0 as maximum. r is at most 87 (exp(-87) is near fp32's least normal number):
     a token that the teacher rules out costs reverse KL much, not infinitely much."""
     r = (u - v).clamp_(max=-math.log(torch.finfo(u.dtype).tiny))
     q = u.exp()
@@ -511,8 +511,8 @@ def forward_kl(q, p, r, c):
     return value - c + gradient.sum(-1, True), gradient
 
 def reverse_kl(q, p, r, c):
-    """KL(q || p) = sum q (r + c), with gradient q (r + c - KL) (AKL paper, Eq. 6). MiniLLM's and
-    the paper's "single-step decomposition", E_q[r grad log q], is this, on text that is given."""
+    """KL(q || p) = sum q (r + c), with gradient q (r + c - KL) (AKL paper, Eq. 6). On given text
+    MiniLLM's and the paper's "single-step decomposition", E_q[r grad log q], is the same."""
     value, gradient = softmax_backward_(q, r)
     return value + c + p.sub_(q).sum(-1, True), gradient
 
@@ -541,12 +541,12 @@ CLOSED_FORMS = {"fkl": forward_kl, "rkl": reverse_kl, "fkl+rkl": forward_and_rev
 # gradient, multiplies that by head and by h, and reuses the memory. Backward only scales.
 #
 #   hidden (N, C)         head (V, C)       plain_loss, 4,096 x 16,000: 8 arrays of 262 MB at once
-#      | n rows              |              FusedLoss (rkl), 14 chunks of 293 rows: 2 to 4 of 19 MB
+#      | n rows              |              FusedLoss (rkl), 14 chunks of 293 rows: 2 or 3 of 19 MB
 #      v                     v
 #   h (n, C) --- @ head.T / tau --> u (n, V) --- with v, and targets ------------> d_z, same memory
 #                                                                                   |           |
-#          d_hidden's n rows (n, C) <--- @ head ------------------------------------+           |
-#          d_head (V, C) += .T @ h <------------------------------------------------------------+
+#          d_hidden's n rows (n, C) <--- d_z @ head --------------------------------+           |
+#          d_head (V, C) += d_z.T @ h <---------------------------------------------------------+
 #
 # A row's softmax needs no other row, and a sum's gradient is the sum of the gradients: so chunks
 # change only the rounding. The paper's "step-wise loss", if it is a sum, is a chunk of 5.
@@ -573,11 +573,11 @@ def gradient_of_logits(z, w, targets, tau, alpha):
 def divergence_(settings, beta, u, v, targets):
     """Return the objective's divergence (n, 1) and its gradient with respect to u (n, V).
 
-    u's rows must have maximum 0; v is overwritten. The student's part of the mixture is constant
-    <- differs (4): log q - log p is beta (z - w) / tau + a number, which drops out. So reverse KL's
-    gradient q (r - KL) is beta times the unmixed one: "mixing outputs" is a weight on it, Eq. 3 the
-    weight's schedule. The value, quadratic in r near q = p, is roughly beta^2 times: do not compare
-    mixed runs' `kl` with unmixed ones'. Forward KL's q - p: beta times only near q = p."""
+    u's rows must have maximum 0; v is overwritten. <- differs (4): no gradient goes through the
+    student's part of the mixture. log q - log p is beta (z - w) / tau + a number that drops out, so
+    reverse KL's gradient q (r - KL) is beta times the unmixed one: "mixing outputs" is a weight,
+    Eq. 3 its schedule. The value, quadratic in r near q = p, is about beta^2 times: do not compare
+    `kl` of mixed and unmixed runs. Forward KL's q - p is beta times that only near q = p."""
     definition, *names = DIVERGENCES[settings.objective]
     constants = [getattr(settings, name) for name in names]
     if beta < 1:
@@ -621,8 +621,8 @@ CHUNK = {"cpu": 304, "cuda": 2048}      # rows of logits at once: more cost memo
 @functools.cache
 def compiled(function):
     """Compile a function: its elementwise operations are fused into one or two passes."""
-    torch._dynamo.config.recompile_limit = 99   # once a beta and shape, so not for beta_by "step"
-    # each pass makes its exponentials anew: to write and read them took longer
+    torch._dynamo.config.recompile_limit = 99   # anew for each beta: so not if each step has one
+    # each pass computes its exponentials again: to write and read them took longer
     anew = {"realize_reads_threshold": 999, "realize_opcount_threshold": 999}
     return torch.compile(function, dynamic=False, options={"online_softmax": False, **anew})
 
@@ -645,7 +645,7 @@ def logits_into(memory, hidden, head, tau):
 class FusedLoss(torch.autograd.Function):
     """Cross-entropy and divergence of N tokens; forward makes the gradients too, by chunks of rows.
 
-    With logits z of the student, constant in p, and w of the teacher (Eqs. 1, 2 and 6 to 9),
+    With logits z of the student (held constant in p) and w of the teacher (Eqs. 1, 2 and 6 to 9),
 
         q = softmax(z / tau)     p = softmax((beta w + (1 - beta) z) / tau)
         loss = sum over tokens of  alpha CE(z, target) + (1 - alpha) tau^2 Div(q, p)"""
@@ -701,8 +701,8 @@ class FusedLoss(torch.autograd.Function):
         return *gradients, *[None] * 5
 
 class Coach:
-    """Join one or more teachers: BabyLlama averages logits, which is a geometric mean, normalised.
-    The mean of K products is one product of hidden states and heads side by side:
+    """Join one or more teachers. BabyLlama averages their logits, so p is the geometric mean of
+    theirs, normalised. A mean of products is one product of hidden states and heads side by side:
     [h1 h2] @ [head1 head2].T / 2 = (h1 @ head1.T + h2 @ head2.T) / 2."""
 
     def __init__(self, teachers, dtype=None, V=None):
@@ -749,7 +749,7 @@ def make_optimizer(model, settings):
 def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype, scaler):
     """Take one optimizer step on inputs and targets (B, T), or on this process's share of the rows.
     Returns (4,): loss, cross-entropy, tau^2 divergence, norm of the gradient. Each micro-batch's
-    loss is divided by the whole step's targets: accumulating, sharing change only the rounding.
+    loss is divided by the whole step's targets, so micro-batches and processes change rounding.
     In fp16 the scaler keeps gradients in range, and leaves out a step where that failed."""
     device = inputs.device.type
     rows = settings.micro_batch or len(inputs)
@@ -775,7 +775,7 @@ def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype, 
         dist.all_reduce(losses)
         nn.utils.vector_to_parameters(flat, gradients)
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), settings.clip or math.inf)
     scaler.step(optimizer)
     scaler.update()
     return torch.cat([losses, norm.double()[None]])
@@ -785,8 +785,8 @@ def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype, 
 # two sentences that differ in one point of grammar: does the model find the good one likelier?
 #
 # The rule is that of the BabyLM 2024 pipeline and of lm-evaluation-harness. A text's score is the
-# sum of its tokens' log-probabilities, each given <s> (EWoK: a context, no <s>) and all before it.
-# A sentence has a leading space. A tie counts for the good one. A pair, by one tiny run:
+# sum of its tokens' log-probabilities, each given all before it, from <s> on (EWoK: from a context,
+# no <s>). A sentence has a leading space. A tie counts for the good one. A pair, by one tiny run:
 #
 #     The donkey with the pigs jumps.   -22.60 nats      right, by 2.79 nats,
 #     The donkey with the pigs jump.    -25.39 nats      though "pigs" is next to the verb
@@ -796,34 +796,31 @@ class Pair(NamedTuple):
     bad: tuple
     paradigm: str
     phenomenon: str
-    file: Path
-    line: int
+    line: int                       # in its file
 
 def encode_pairs(vocabulary, pairs, positions, rule="2024"):
-    """Encode each distinct text of the pairs: its ids, and how many of them are context."""
+    """Return the ids of each text and how many are context, and the pairs that can be scored."""
     # As in the harness, context and target are encoded as one text; spaces that end the context are
     # scored. By the rule of 2026 special tokens are added, and a text's first token is not scored.
-    places = {}
-    for pair in pairs:
-        for text in (pair.good, pair.bad):
-            places.setdefault(text, f"{pair.file}, line {pair.line}")
-    given = [text[0].rstrip() for text in places]
-    whole = ["".join(text) for text in places]
+    texts = dict.fromkeys(text for pair in pairs for text in (pair.good, pair.bad))     # distinct
+    given = [text[0].rstrip() for text in texts]
+    whole = ["".join(text) for text in texts]
     encode_batch = vocabulary.tokenizer.encode_batch_fast
-    encoded = zip(encode_batch(whole, add_special_tokens=rule == "2026"),
+    encoded = zip(texts, encode_batch(whole, add_special_tokens=rule == "2026"),
                   encode_batch(given, add_special_tokens=False))
     lines = {}
-    for (text, place), (line, start) in zip(places.items(), encoded):
+    for text, line, start in encoded:
         ids, known = line.ids, len(start.ids)
         if not text[0]:             # no context but <s>, or 2026's first token
             known = 1
             ids = [vocabulary.prefix_id, *ids] if rule == "2024" else ids
-        need(0 < known < len(ids), f"{place}: nothing is left of a text when it is encoded: "
-             "expected at least one token to score, and one before it.")
-        need(len(ids) - 1 <= positions, f"{place}: a text has {len(ids) - 1} tokens: expected at "
-             f"most the model's {positions} positions (in training: --positions, or --pairs none).")
-        lines[text] = ids, known
-    return lines
+        if 0 < known < len(ids) <= positions + 1:   # the last token is only predicted
+            lines[text] = ids, known
+    kept = [pair for pair in pairs if pair.good in lines and pair.bad in lines]
+    if kept != pairs:
+        echo(f"{len(pairs) - len(kept):,} of {len(pairs):,} pairs are left out: a text has more "
+             f"tokens than the model's {positions} positions, or none to score.", err=True)
+    return lines, kept
 
 class Trie:
     """Texts with the same beginning, as one tree of ids: a row for the model, no beginning twice.
@@ -905,10 +902,10 @@ def score_tries(model, tries):
     # Pad the rows. Row i sees column j if node i is node j or a descendant of node j.
     ids, depth, end = (pad([torch.tensor(getattr(trie, name)) for trie in tries], True)
                        for name in ("ids", "depth", "end"))                             # (B, T)
-    T = ids.shape[1]
-    node = torch.arange(T)
-    row = node[:, None]
-    below = (node <= row) & (row < end[:, None])                                        # (B, T, T)
+    _, T = ids.shape
+    j = torch.arange(T)
+    i = j[:, None]
+    below = (j <= i) & (i < end[:, None])                                               # (B, T, T)
     sees = below | torch.eye(T, dtype=torch.bool)       # padding sees itself: no softmax is empty
     tree = Tree(depth.to(device), sees[:, None].to(device))
     hidden = model.hidden(ids.to(device), tree=tree).flatten(0, 1)                      # (B * T, C)
@@ -920,8 +917,9 @@ def score_tries(model, tries):
 
 @torch.inference_mode()
 def score_pairs(model, vocabulary, pairs, name, rule="2024"):
-    """Return the log-probabilities of good and bad texts in nats: (pairs, 2), summed in float64."""
-    lines = encode_pairs(vocabulary, pairs, model.config.positions, rule)
+    """Return the pairs that can be scored, and their log-probabilities in nats, (pairs, 2)."""
+    lines, pairs = encode_pairs(vocabulary, pairs, model.config.positions, rule)
+    need(pairs, f"{name}: expected pairs that the model can score.")
     tries = sorted(build_tries(lines), key=lambda trie: len(trie.ids))
     nodes = 2**15 if model.head.is_cuda else 1024           # more falls out of a CPU's cache
     totals = {}                                             # equal texts are scored once: they tie
@@ -933,9 +931,9 @@ def score_pairs(model, vocabulary, pairs, name, rule="2024"):
                 for text, edges in trie.sequences.items():
                     totals[text] = scores[edges].sum()
                 bar.update(len(trie.sequences))
-    scores = np.array([[totals[pair.good], totals[pair.bad]] for pair in pairs])
+    scores = np.array([[totals[text] for text in pair[:2]] for pair in pairs])
     need(np.isfinite(scores).all(), f"{name}: scores are not finite: was --lr too high?")
-    return scores
+    return pairs, scores
 
 # Here the lesson ends. What follows makes a tool of it, and needs no reading.
 
@@ -999,13 +997,12 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 @dataclass(frozen=True)
 class Settings:
     """All settings of a run. By default the model is the paper's student of 58M parameters."""
-    # what is read, and how it becomes ids
+    # what is read, and how it becomes ids and rows
     text: str = setting(f"{TINY}", "File or folder of text: *.train, *.txt; UTF-8.", path=True)
     dev: str = setting("", "Held-out file or folder of *.dev, dev.txt; empty: --text's.", path=True)
     tokenizer: str = setting("", "A tokenizer.json or its folder; empty: train one.", path=True)
     vocab_size: int = setting(16_000, "V of a tokenizer that is trained.", low=259, high=2**24)
     prefix: str = setting("line", "Before a line: <s> and a space, or nothing.", ("line", "none"))
-    # how a step's rows are cut out of the text
     context: int = setting(128, "T, the tokens of a row.", low=1)
     batch_size: int = setting(32, "B, the rows of an optimizer step.", low=1)
     random_offset: bool = setting(True, "Shift each row by 0 to T - 1 tokens, anew each epoch.")
@@ -1179,6 +1176,8 @@ def load_vocabulary(path):
             token = token.get("content") if isinstance(token, dict) else token
             prefix_id = tokenizer.token_to_id(token) if isinstance(token, str) else None
             if prefix_id is not None and prefix_id < limit:
+                if "bos_token" not in roles:        # other tools ask for one
+                    files["special_tokens_map.json"] = json.dumps({"bos_token": token}).encode()
                 return Vocabulary(tokenizer, prefix_id, files)
             fails = tokenizer.get_vocab_size() >= limit     # transformers, which adds this token
             need(i > 1 or token is None or token == missing and fails, f"{path} has no token "
@@ -1844,7 +1843,7 @@ def read_pair(line, path, number, rule="2024", names=None):
         given = ""
         good, bad = [f"{context} {good}" for context in contexts]
     space = " " if rule == "2024" else ""
-    return Pair((given, space + good), (given, space + bad), paradigm, term, path, number)
+    return Pair((given, space + good), (given, space + bad), paradigm, term, number)
 
 def read_pairs(folder, sample=0, rule="2024"):
     """Read the pairs in a folder or a file, all or about `sample`, evenly spread."""
@@ -2090,8 +2089,8 @@ def idle_flags(settings, flags, described):
     return ["--" + name.replace("_", "-") for name in dict.fromkeys(idle)
             if name not in constants and flags[name] is not None]
 
-def print_results(runs, trained, corpus, pairs, device):
-    """Print what the models have learnt, side by side, and where they are."""
+def print_results(runs, corpus, pairs, device):
+    """Print what the models have learnt, side by side, and where they are; put it into cards."""
     results, lines = {}, []
     for run in runs:
         weights = weights_digests(run.out)
@@ -2100,12 +2099,12 @@ def print_results(runs, trained, corpus, pairs, device):
         found = "" if loss is None else f", held-out loss {loss:.4f} nats a token"
         lines.append(f"{run.name:<9} {run.out}{found}")
         if pairs:
-            scores = score_pairs(model, corpus.vocabulary, pairs, f"scoring {run.out}")
+            _, scores = score_pairs(model, corpus.vocabulary, pairs, f"scoring {run.out}")
             results[run.name] = summarise(pairs, scores)
             found += f", {results[run.name]['accuracy']:.1%} of minimal pairs right"
             if not run.given:               # a given folder may be somebody else's
                 keep_scores(run.out, "blimp", pairs, scores, weights)
-        if run in trained:
+        if not run.given:
             write_card(run, corpus, found)
     if pairs:
         echo(pairs_table(results, paradigms=False) + "\n")
@@ -2215,11 +2214,12 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
     join_processes(device)
     corpus = read_corpus(settings, out.resolve().parent)
     runs = plan_runs(out, folders, settings, described, corpus, device)
+    least = min(run.settings.positions for run in runs)
+    _, pairs = encode_pairs(corpus.vocabulary, pairs, least)        # those that all can score
     todo = [run for run in runs if not run.finished or overwrite and run is runs[-1]]
     plan = [f"text      {settings.text}: {corpus.words:,} words, {len(corpus.train):,} tokens, "
             f"{len(corpus.dev):,} held out, vocabulary {corpus.vocabulary.size:,}",
             f"pairs     {len(pairs):,} from {folder}" if pairs else "pairs     none: see --pairs"]
-    encode_pairs(corpus.vocabulary, pairs, min(run.settings.positions for run in runs))  # a check
     for run in runs:
         what = describe_plan(run, corpus) if run in todo else "found, reusing it"
         plan.append(f"{run.name:<9} {run.out}: {what}")
@@ -2236,7 +2236,7 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
             if not run.finished or overwrite and not is_teacher:
                 fit(run, corpus, device, log, resume or is_teacher)
     if rank == 0:
-        print_results(runs, todo, corpus, pairs, device)
+        print_results(runs, corpus, pairs, device)
 
 @cli.command("eval-blimp")
 @option("-m", "--model", "folder", type=location, help="A run, or any Hugging Face folder of "
@@ -2260,7 +2260,7 @@ def eval_blimp_command(folder, data, suite, rule, sample, device, as_json):
     pairs = read_pairs(data, sample, rule)
     weights = weights_digests(folder)           # before: who writes it anew meanwhile is noticed
     model, vocabulary = load_model(folder, choose_device(device))
-    scores = score_pairs(model, vocabulary, pairs, f"scoring {folder}", rule)
+    pairs, scores = score_pairs(model, vocabulary, pairs, f"scoring {folder}", rule)
     result = summarise(pairs, scores)
     found = {"model": str(folder), "data": str(data).removeprefix(f"{HOME}/"), **result}
     table = f"{folder} on {found['data']}, rule {rule}\n\n{pairs_table({'accuracy': result}, True)}"
