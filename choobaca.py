@@ -115,8 +115,7 @@ def plain_loss(z, w, targets, tau, alpha):
     return alpha * ce + (1 - alpha) * tau**2 * divergence
 
 def distil_in_short(student, teacher, batches, tau=2.0, alpha=0.5, lr=4e-3):
-    """Distil a teacher into a student. What follows does this faster, with schedules and checks.
-    Each batch is inputs (B, T) and targets (B, T), the inputs' next tokens."""
+    """Distil in ten lines; what follows is faster. Batches are inputs and next tokens, (B, T)."""
     optimizer = torch.optim.AdamW(student.parameters(), lr=lr)
     for inputs, targets in batches:
         z = student.hidden(inputs) @ student.head.T             # (B, T, V), the student's logits
@@ -883,8 +882,7 @@ def build_tries(lines):
 
 @torch.no_grad()
 def token_log_probabilities(hidden, head, rows, targets):
-    """Return log softmax(hidden[row] @ head.T)[target] for each of E rows and targets: (E,).
-    hidden (N, C), head (V, C), rows (E,), targets (E,), a chunk of the N rows at a time."""
+    """Return log softmax(hidden[row] @ head.T)[target] for E rows of the N, E targets: (E,)."""
     chunk = CHUNK[hidden.device.type]
     scores = torch.empty_like(targets, dtype=torch.float64)         # for exact sums
     for i in range(0, len(hidden), chunk):
@@ -997,7 +995,6 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 @dataclass(frozen=True)
 class Settings:
     """All settings of a run. By default the model is the paper's student of 58M parameters."""
-    # what is read, and how it becomes ids and rows
     text: str = setting(f"{TINY}", "File or folder of text: *.train, *.txt; UTF-8.", path=True)
     dev: str = setting("", "Held-out file or folder of *.dev, dev.txt; empty: --text's.", path=True)
     tokenizer: str = setting("", "A tokenizer.json or its folder; empty: train one.", path=True)
@@ -1504,7 +1501,8 @@ def describe_run(run, corpus, device):
     weights = [weights_digests(Path(folder)) for folder in given]
     return {"argv": sys.argv[1:], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "settings": asdict(run.settings), "teachers": given[:len(run.teachers)],
-            "digests": {**corpus.digests, "weights": weights, "code": file_digest(__file__)},
+            "digests": {**corpus.digests, "dev": digest(corpus.dev.tobytes()),
+                        "weights": weights, "code": file_digest(__file__)},
             "words": corpus.words, "checkpoints": checkpoint_steps(corpus, run.settings),
             "machine": {"device": device, "processes": rank_and_size()[1],
                         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
@@ -1520,12 +1518,12 @@ def need_same(run, record, resumed):
     checks = [("settings", RECIPE), ("digests", ["text", "tokenizer", "weights"])]
     if resumed:
         checks += [("settings", settings_between("teachers", "checkpoints")),
-                   ("machine", ["device", "processes"])]
+                   ("machine", ["device", "processes"]), ("digests", ["dev"])]
     for group, names in checks:
         for name in names:
             with reading(path):
                 old, new = before[group].get(name), record[group][name]
-            known = "" if group == "digests" else f" ({old})"
+            known = "" if group == "digests" else f" ({old or 'none'})"
             need(old == new, f"{name.replace('_', '-')} has changed since {run.out} was begun"
                  f"{known}: go back to that, or choose an --out in another folder.")
 
@@ -2311,7 +2309,9 @@ def sample_command(run, prompt, tokens, temperature, count, seed, out, device):
     """Let a model write, a line a sample.
     With --out it writes a text to train on: sequence-level distillation (Kim and Rush 2016).
     Example: python choobaca.py sample runs/tiny-rkl-1-seed0 --prompt "the dog" --count 5"""
-    need(not out or not out.exists(), f"{out} is already there: choose another --out.")
+    if out:                             # if it cannot be, better now than after hours
+        need(not [*out.glob("*")], f"{out} is already there: choose another --out.")
+        out.mkdir(parents=True, exist_ok=True)
     need(temperature == 0 or temperature >= 1e-3, "--temperature: expected 0, or 0.001 and more.")
     model, vocabulary = load_model(run, choose_device(device))
     eos = read_json(run / "config.json").get("eos_token_id")

@@ -955,7 +955,7 @@ def test_a_run_says_what_it_is(here):
     assert re.search("held out.*\npairs.*\n.* parameters.* steps .* words\n", told.stderr)
     assert re.search("mean of 20 paradigms(.*\n)*model +a, held-out", told.stdout)
     assert record["settings"]["prefix"] == "none" and record["machine"]["processes"] == 1
-    assert record["digests"].keys() == {"text", "tokenizer", "weights", "code"}
+    assert record["digests"].keys() == {*"text dev tokenizer weights code".split()}
     assert [line["step"] for line in history("a") if "dev_loss" in line] == [1, 2, 3, 4, 5, 6]
     first, *_, last = steps_of("a")
     assert last["words"] == approx(6 * first["words"], abs=3) and last["epoch"] > 5 * first["epoch"]
@@ -1258,7 +1258,7 @@ def test_what_is_no_checkpoint_of_this_run_is_refused(here, monkeypatch):
         train(out, f"--precision fp32 {flags}", 130)
     path, bad, again = Path("x/state.pt"), Mischief(), "--precision fp32 --resume "
     whole, state = path.read_bytes(), torch.load(path)
-    assert "lr has changed since x was begun (0.003): go back" in untrained("x", again + "--lr 0.5")
+    assert "dev has changed since x" in untrained("x", f"{again} --dev {TINY}/train.txt")
     shutil.copy("y/state.pt", path)
     assert "of another run" in untrained("x", again)
     for harm in (bad, *(state | {key: bad} for key in ("seconds", "model")), state | {"step": 6},

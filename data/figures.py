@@ -334,7 +334,7 @@ def report_command(folders: tuple[Path, ...], out: Path | None) -> None:
         for cells, (accuracy, error) in zip(table, next(iter(rows.values()))):
             cells[f"{suite}, %"] = f"{accuracy:.1f} ± {error:.1f}"
     if not figures:
-        click.echo("No accuracies: no same pairs were scored for all of the runs. Run eval-blimp "
+        click.echo("No accuracies: these runs have no scored pairs in common. Run eval-blimp "
                    "--model RUN for each.", err=True)
     figures += curves(logs, names)
 
@@ -400,6 +400,13 @@ def paradigm_mean(path: Path) -> float:
     return float(np.mean([right[group].mean() for group in groups]))
 
 
+def teacher_folders(folder: Path, record: dict) -> list[Path]:
+    """Return where the teachers of a run are: a run and its teachers may have moved."""
+    teachers = [Path(teacher) for teacher in record["teachers"]]
+    return [teacher if teacher.exists() else folder.resolve().parent / teacher.name
+            for teacher in teachers]
+
+
 def run_facts(folder: Path, scores: str | None, device: str) -> dict[str, float]:
     """Return a run's FACTS, its seed, and its accuracy by a file of scores, if there is one."""
     record = c.read_json(folder / "run.json")
@@ -408,9 +415,7 @@ def run_facts(folder: Path, scores: str | None, device: str) -> dict[str, float]
         text = Path(settings["dev"] or settings["text"])
         seed, T, prefix = (c.checked(c.KNOWN[key], settings[key], f"{folder}/run.json: {key}")
                            for key in ("seed", "context", "prefix"))
-        teachers = [Path(teacher) for teacher in record["teachers"]]
-        teachers = [teacher if teacher.exists() else folder.resolve().parent / teacher.name
-                    for teacher in teachers]            # a run and its teachers may have moved
+        teachers = teacher_folders(folder, record)
         known = record["digests"]["weights"][:len(teachers)]
     c.need(known == [c.weights_digests(teacher) for teacher in teachers],
            f"{folder} learnt from {' and '.join(map(str, teachers))}: there are other weights now, "
@@ -419,7 +424,10 @@ def run_facts(folder: Path, scores: str | None, device: str) -> dict[str, float]
     c.need(T <= model.config.positions, f"{folder}: run.json has a context of {T}: expected at "
            f"most the model's {model.config.positions} positions.")
     names = ".*" if Path(settings["dev"]).is_file() else r".*\.dev|dev\.txt"         # as training
-    ids = c.encode(vocabulary, c.read_text(text, names), prefix)
+    lines = c.read_text(text, names)
+    c.need(lines and text.suffix != ".jsonl", f"{folder}: {text} holds no plain held-out text: "
+           "expected *.dev or dev.txt (runs of data/instruct.py are not measured here).")
+    ids = c.encode(vocabulary, lines, prefix)
     loaded = [c.load_model(teacher, device)[0] for teacher in teachers]
     coach = c.Coach(loaded, V=vocabulary.size) if teachers else None
     found = {"seed": seed, **held_out(model, coach, ids, T)}
@@ -427,14 +435,16 @@ def run_facts(folder: Path, scores: str | None, device: str) -> dict[str, float]
 
 
 def recipe(folder: Path) -> str:
-    """Return all that decides what a run learnt and is measured on, but its seed."""
+    """Return all that decides what a run learnt and is measured on, but the seeds."""
     record = c.read_json(folder / "run.json")
     with c.reading(folder / "run.json"):
         names = [*c.RECIPE, "dev", "eval_every", "keep"]
         facts = {name: record["settings"].get(name) for name in names if name != "seed"}
         sources = [record["digests"]["text"], record["digests"]["tokenizer"]]
-        return json.dumps([facts, sources, bool(record["settings"]["init"]),
-                           len(record["teachers"])])
+        begun = record["digests"]["weights"][len(record["teachers"]):]      # by --init
+        teachers = [recipe(each) if (each / "run.json").exists() else c.weights_digests(each)
+                    for each in teacher_folders(folder, record)]
+        return json.dumps([facts, sources, begun, teachers])
 
 
 @cli.command("held-out")
@@ -444,9 +454,9 @@ def recipe(folder: Path) -> str:
 def held_out_command(folders: tuple[Path, ...], device: str, as_json: bool) -> None:
     """Say how good and how sure runs are on held-out text, and on the minimal pairs scored for all.
 
-    Runs that differ in their seed alone are one row: means and standard deviations over the seeds.
-    The last column is the difference in pairs from the first row, seed by seed, with Student's t's
-    95 % interval over the seeds.
+    Runs that differ in their or their teachers' seed alone are one row: means and standard
+    deviations over the seeds. The last column is the difference in pairs from the first row, seed
+    by seed, with Student's t's 95 % interval over the seeds.
 
     \b
     Example: python data/figures.py held-out runs/tiny-ce-0-seed? runs/tiny-rkl-1-seed?"""
@@ -498,8 +508,8 @@ def macro_command(folders: tuple[Path, ...]) -> None:
     """Average BLiMP, the supplement, EWoK and GLUE, as the paper's Table 3 does.
 
     It takes what eval-blimp and data/glue.py have left in the models' folders: of several files of
-    a suite the longest. GLUE is the mean of its tasks' figures; the average is unknown while one of
-    the four or a task is missing.
+    a suite the longest, of a GLUE task what was printed last. GLUE is the mean of its tasks'
+    figures; the average is unknown while one of the four or a task is missing.
 
     \b
     Example: python data/figures.py macro runs/tiny-rkl-1-seed0"""
