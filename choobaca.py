@@ -1004,7 +1004,6 @@ class Settings:
     batch_size: int = setting(32, "B, the rows of an optimizer step.", low=1)
     random_offset: bool = setting(True, "Shift each row by 0 to T - 1 tokens, anew each epoch.")
     seed: int = setting(0, "Seed of the weights, the order of the rows and dropout.")
-    # the shape of the model
     init: str = setting("", "Begin with the weights and shape of a run or HF folder.", path=True)
     model_type: str = setting("llama", "Architecture.", ("llama", "gpt2"))
     width: int = setting(512, "C, the size of a hidden state.", low=1, high=2**20)
@@ -1419,7 +1418,9 @@ def load_model(folder, device):
     for shard in sorted(shards):
         for name, tensor in read_safetensors(folder / shard).items():
             found[name.removeprefix(model.prefix)] = stored(name, tensor).float()
-    head = found.pop("lm_head.weight", None) if config.tied else None   # some hold it twice
+    head = found.pop("lm_head.weight", None) if config.tied else None
+    if head is not None:                            # some hold it twice, some by this name alone
+        found.setdefault(next(iter(model.state_dict())), head)
     with reading(f"{folder} (config.json, or the weights)"):
         model.load_state_dict(found, assign=True)
     need(head is None or head.equal(model.head), f"{folder}: config.json ties head and embedding, "
@@ -1549,7 +1550,8 @@ def describe_plan(run, corpus):
     kept = ", ".join(checkpoint_steps(corpus, settings)) or "none: too few words"
     return (f"{settings.model_type}, {parameters:,} parameters, {describe_loss(settings)}, "
             f"{steps:,} steps of {tokens:,} tokens, {steps / per_epoch:.2g} epochs, about "
-            f"{words:,.0f} words{limit}{f', enough for {kept}' if settings.checkpoints else ''}")
+            f"{words:,.0f} words{limit}{f', enough for {kept}' if settings.checkpoints else ''}"
+            f"{', in fp16: slow without a GPU' if settings.precision == 'fp16' else ''}")
 
 def write_card(run, corpus, found):
     """Write a run's model card, as the Hugging Face hub shows it."""
@@ -1759,7 +1761,6 @@ def fit(run, corpus, device, log, resume=False):
             if number:
                 break
         if rank == 0 and last:
-            write_card(run, corpus, "")                     # scores are not known yet
             save_model(run.out, parts.get("best", model), corpus.vocabulary)
             (run.out / "state.pt").unlink(missing_ok=True)
         number = stop_signal(received, device) or number        # all wait until rank 0 has written
@@ -2114,12 +2115,11 @@ def choose_device(name):
     need(name != "cuda" or found, "--device cuda: this machine, or this build of torch, has none.")
     device = ("cuda" if found else "cpu") if name == "auto" else name
     torch.set_flush_denormal(True)              # numbers under 1e-38 are a hundred times slower
-    # On AMD, oneDNN is twice as fast as MKL, but it slows "flash" attention 2 to 5 times (a CPU
-    # obeys this flag, too). torch wants bf16 allowed for it; this product shows if it is used.
+    # On AMD, oneDNN is twice as fast as MKL, but "flash" attention is 2 to 5 times slower with it.
     cpu = Path("/proc/cpuinfo")
     if device == "cpu" and cpu.exists() and "AuthenticAMD" in cpu.read_text():
-        torch.backends.cuda.enable_flash_sdp(False)
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+        torch.backends.cuda.enable_flash_sdp(False)             # a CPU obeys this flag, too
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"    # allows it; below: is it used?
         a, b = torch.rand(2, 512, 512)
         exact = a.double() @ b.double()
         if (a @ b - exact).norm() > 1e-6 * exact.norm():
