@@ -202,10 +202,10 @@ def row_starts(rows, settings, epoch):
 
 def windows(ids, starts, T):
     """Cut inputs and targets, (rows, T) int64 each: for ids 0, 1, 2, ..., T = 4 and a start of 8,
-    8 9 10 11 and 9 10 11 12. An id that is only read, as a prompt's is, is stored negated."""
+    8 9 10 11 and 9 10 11 12. An id i that is only read, as a prompt's, is stored as ~i = -1 - i."""
     rows = ids[starts[:, None] + np.arange(T + 1)]                      # (rows, T + 1)
     rows = torch.from_numpy(rows.astype(np.int64))
-    inputs = torch.where(rows < 0, ~rows, rows)[:, :-1]         # ~i = -1 - i (data/instruct.py)
+    inputs = torch.where(rows < 0, ~rows, rows)[:, :-1]         # ~ of ~i is i (data/instruct.py)
     targets = rows[:, 1:].clamp(min=-1)                         # -1: no target
     return inputs, targets
 
@@ -439,11 +439,11 @@ def target_apart(log_q, log_p, targets, gamma):
 def token_wise(log_q, log_p, _):
     """sum s p log(p / q) + (1 - s) q log(q / p), s = p / (p + q) fixed (ToDi, Jung et al. 2025)"""
     gap = log_p - log_q
-    share = gap.detach().sigmoid()              # fixed: only the value is fkl + rkl
+    share = gap.detach().sigmoid()              # constant: the value is fkl + rkl, the slope is not
     return (gap * (share * log_p.exp() - (1 - share) * log_q.exp())).sum(-1)
 
 def alpha_beta(log_q, log_p, _, a, b):
-    """(a sum p^(a+b) + b sum q^(a+b)) / (a+b) - sum p^a q^b, over ab (ABKD, Wang et al. 2025).
+    """((a sum p^(a+b) + b sum q^(a+b)) / (a+b) - sum p^a q^b) / (a b) (ABKD, Wang et al. 2025).
     Forward KL for a = 1, b -> 0, reverse KL for a -> 0, b = 1, 4 Hellinger^2 for a = b = 1/2."""
     powers = a * ((a + b) * log_p).exp() + b * ((a + b) * log_q).exp()
     return (powers / (a + b) - (a * log_p + b * log_q).exp()).sum(-1) / (a * b)
@@ -748,7 +748,7 @@ def make_optimizer(model, settings):
 def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype, scaler):
     """Take one optimizer step on inputs and targets (B, T), or on this process's share of the rows.
     Returns (4,): loss, cross-entropy, tau^2 divergence, norm of the gradient. Each micro-batch's
-    loss is divided by the whole step's targets, so micro-batches and processes change rounding.
+    loss is divided by the whole step's targets, so micro-batches, processes change only rounding.
     In fp16 the scaler keeps gradients in range, and leaves out a step where that failed."""
     device = inputs.device.type
     rows = settings.micro_batch or len(inputs)
@@ -798,7 +798,7 @@ class Pair(NamedTuple):
     line: int                       # in its file
 
 def encode_pairs(vocabulary, pairs, positions, rule="2024"):
-    """Return the ids of each text and how many are context, and the pairs that can be scored."""
+    """Return a dict of each text's ids and how many are given, and the pairs that can be scored."""
     # As in the harness, context and target are encoded as one text; spaces that end the context are
     # scored. By the rule of 2026 special tokens are added, and a text's first token is not scored.
     texts = dict.fromkeys(text for pair in pairs for text in (pair.good, pair.bad))     # distinct
@@ -882,7 +882,7 @@ def build_tries(lines):
 
 @torch.no_grad()
 def token_log_probabilities(hidden, head, rows, targets):
-    """Return log softmax(hidden[row] @ head.T)[target] for E rows of the N, E targets: (E,)."""
+    """Return log softmax(hidden[row] @ head.T)[target]: hidden (N, C), row, target (E,) -> (E,)"""
     chunk = CHUNK[hidden.device.type]
     scores = torch.empty_like(targets, dtype=torch.float64)         # for exact sums
     for i in range(0, len(hidden), chunk):
@@ -915,7 +915,7 @@ def score_tries(model, tries):
 
 @torch.inference_mode()
 def score_pairs(model, vocabulary, pairs, name, rule="2024"):
-    """Return the pairs that can be scored, and their log-probabilities in nats, (pairs, 2)."""
+    """Return the pairs that can be scored, and their good and bad log-probabilities: (pairs, 2)."""
     lines, pairs = encode_pairs(vocabulary, pairs, model.config.positions, rule)
     need(pairs, f"{name}: expected pairs that the model can score.")
     tries = sorted(build_tries(lines), key=lambda trie: len(trie.ids))
