@@ -490,8 +490,7 @@ def to_probabilities(u, v):
     return q.mul_(q_scale), v.mul_(p_scale), r, c
 
 def softmax_backward_(q, k):
-    """Backpropagate through softmax: overwrite k = df/dq with df/du = q (k - sum q k).
-    Return sum q k (n, 1) and the gradient (n, V)."""
+    """Overwrite k = df/dq with df/du = q (k - sum q k); return sum q k (n, 1) and df/du (n, V)."""
     gradient = k.mul_(q)
     mean = gradient.sum(-1, True)
     gradient.addcmul_(q, mean, value=-1)                # q k - q mean
@@ -1430,7 +1429,6 @@ def load_model(folder, device):
 # 12. Training ----------------------------------------------------------------
 
 def count_steps(tokens, settings):
-    """Return the steps of the run, and those of an epoch."""
     per_epoch = count_rows(tokens, settings) // settings.batch_size
     need(per_epoch, f"{settings.text} has {tokens:,} tokens, less than a batch of --batch-size "
          f"{settings.batch_size} rows of --context {settings.context}.")
@@ -1554,7 +1552,6 @@ def describe_plan(run, corpus):
             f"{', in fp16: slow without a GPU' if settings.precision == 'fp16' else ''}")
 
 def write_card(run, corpus, found):
-    """Write a run's model card, as the Hugging Face hub shows it."""
     settings = {name: value for name, value in asdict(run.settings).items()
                 if value != KNOWN[name].default and name not in PATHS}
     teachers = ", ".join(teacher.out.resolve().name for teacher in run.teachers)
@@ -1586,7 +1583,6 @@ def stop_signal(received, device):
     return number
 
 def save_state(path, progress, parts):
-    """Write a checkpoint, whole on the disk before it replaces the last one."""
     states = {name: part.state_dict() for name, part in parts.items()}
     with written_whole(path) as file:
         torch.save(progress | states | {"run": file_digest(path.with_name("run.json"))}, file)
@@ -1675,7 +1671,6 @@ class RecordedStep:
         return self.row.clone()
 
 def write_step(run, line, row, scaler, log, bar):
-    """Log a step, of which train_step returned `row`: reading it waits for a GPU."""
     loss, ce, kl, norm = row.tolist()
     sound = math.isfinite(loss) and (scaler.is_enabled() or math.isfinite(norm))  # fp16 skips some
     need(sound and scaler.get_scale() > 1e-6, f"{run.out}: step {line['step']} has a loss of "
@@ -1725,21 +1720,26 @@ def fit(run, corpus, device, log, resume=False):
             beta = beta_at(step, steps, per_epoch, settings)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            batch = batch_at(step, corpus.train, settings)
-            inputs, targets = (rows.tensor_split(size)[rank].to(device) for rows in batch)
+            batch = [ids.tensor_split(size)[rank] for ids in batch_at(step, corpus.train, settings)]
+            if device == "cuda":                # what is pinned is copied while the GPU works
+                batch = [ids.pin_memory().to(device, non_blocking=True) for ids in batch]
             seed = (settings.seed * 2**32 + step) * size + rank                         # dropout
             torch.manual_seed(seed % 2**63)
-            row = step_by(model, optimizer, coach, inputs, targets, settings, beta, dtype, scaler)
+            row = step_by(model, optimizer, coach, *batch, settings, beta, dtype, scaler)
+            row = row.to("cpu", non_blocking=True)
+            done = torch.cuda.current_stream().record_event() if device == "cuda" else None
             line = {"step": step + 1, "epoch": (step + 1) / per_epoch,
                     "words": round(words_read(step + 1, corpus, settings)), "lr": lr}
             line |= {"beta": beta} if coach else {}
-            late.append((line, row))                    # to be logged a step late, if it can be
+            late.append((line, row, done))              # to be logged a step late, if it can be
             number = stop_signal(received, device)
             due = number or time.monotonic() - saved > 60 * settings.save_minutes
             look = last or (step + 1) % look_every == 0     # at held-out text; changes nothing
             while len(late) > (0 if look or due or step + 1 in folders.values() else 1):
+                old_line, old_row, done = late.pop(0)
+                if done:
+                    done.synchronize()
                 seconds = time.perf_counter() - started
-                old_line, old_row = late.pop(0)
                 write_step(run, old_line | {"seconds": seconds}, old_row, scaler, log, bar)
             dev_loss = held_out_loss(model, corpus.dev, settings, dtype) if look else None
             if dev_loss is not None:
