@@ -2041,7 +2041,7 @@ def read_settings(config, flags, teachers):
     steps = {"steps": settings.teacher_steps} if settings.teacher_steps else {}
     return settings, [Settings(**values | plain | table | steps) for table in tables]
 
-def plan_runs(out, folders, settings, described, corpus, device):
+def plan_runs(out, folders, settings, described, corpus):
     """Return a command's runs: the teachers, in these folders or as described, and the student."""
     beside = Path(os.path.relpath(out.resolve().parent))
     runs = [Run("", folder, from_hf_config(folder / "config.json")[0], given=True)
@@ -2054,13 +2054,10 @@ def plan_runs(out, folders, settings, described, corpus, device):
         runs.append(Run("", beside / name, own))
     for i, run in enumerate(runs, 1):
         run.name = f"teacher {i}" if len(runs) > 1 else "teacher"
-        if not run.finished:
-            continue
-        if not run.given:
-            need_same(run, describe_run(run, corpus, device), resumed=False)
-        _, vocabulary = load_model(run.out, "cpu")
-        need(fingerprint(vocabulary) == fingerprint(corpus.vocabulary), f"{run.out} has another "
-             "vocabulary than the student: both must share one tokenizer.")
+        if run.finished:
+            _, vocabulary = load_model(run.out, "cpu")
+            need(fingerprint(vocabulary) == fingerprint(corpus.vocabulary), f"{run.out} has "
+                 "another vocabulary than the student: both must share one tokenizer.")
     runs.append(Run("student" if runs else "model", out, settings, tuple(runs)))
     need(len({run.out.resolve() for run in runs}) == len(runs), "two models would be in one "
          "folder: expected teachers of different settings, and --out to be neither.")
@@ -2211,7 +2208,7 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
     pairs = [] if none else read_pairs(folder, settings.sample)
     join_processes(device)
     corpus = read_corpus(settings, out.resolve().parent)
-    runs = plan_runs(out, folders, settings, described, corpus, device)
+    runs = plan_runs(out, folders, settings, described, corpus)
     least = min(run.settings.positions for run in runs)
     _, pairs = encode_pairs(corpus.vocabulary, pairs, least)        # those that all can score
     todo = [run for run in runs if not run.finished or overwrite and run is runs[-1]]
@@ -2221,8 +2218,8 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
     for run in runs:
         what = describe_plan(run, corpus) if run in todo else "found, reusing it"
         plan.append(f"{run.name:<9} {run.out}: {what}")
-    if resume and runs[-1] not in todo:
-        need_same(runs[-1], describe_run(runs[-1], corpus, device), resumed=False)
+        if run not in todo and not run.given:
+            need_same(run, describe_run(run, corpus, device), resumed=False)
     rank = rank_and_size()[0]
     if rank == 0:
         echo("\n".join(plan), err=not dry_run)
