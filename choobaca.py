@@ -2068,7 +2068,7 @@ def plan_runs(out, folders, settings, described, corpus):
     for run in runs:
         need(settings.context <= run.settings.positions, f"{run.name}: --context "
              f"{settings.context} is longer than what it takes, {run.settings.positions}.")
-        need(run.given or run.settings.keep == "last" or len(corpus.dev) > run.settings.context,
+        need(run.settings.keep == "last" or len(corpus.dev) > run.settings.context,
              f"{run.name}: --keep best needs held-out text: name some with --dev.")
         rows = run.settings.batch_size
         need(run.given or rows % size == 0, f"{run.name}: {size} processes cannot share "
