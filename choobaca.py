@@ -2001,12 +2001,11 @@ def read_config(path):
         base = raw.pop("base", None)
         values, teachers = read_config(path.parent / base) if base else ({}, [])
     values |= check_keys(raw, KNOWN, f"{path}: ", path.parent)
-    for i, table in enumerate(tables):
-        own = settings_between("context", "clip") + ["micro_batch"]
-        own = check_keys(table, own, f"{path}, teacher {i + 1}: ", path.parent)
-        below = teachers[i] if i < len(teachers) else {}
-        teachers[i:i + 1] = [below | own]
-    return values, teachers
+    own = settings_between("context", "clip") + ["micro_batch"]
+    tables = [check_keys(table, own, f"{path}, teacher {i}: ", path.parent)
+              for i, table in enumerate(tables, 1)]
+    places = itertools.zip_longest(teachers, tables, fillvalue={})
+    return values, [below | table for below, table in places]
 
 def read_settings(config, flags, teachers):
     """Return the run's settings, and those of its teachers, unless their folders are named."""
