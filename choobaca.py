@@ -1226,10 +1226,9 @@ class GPT2Block(nn.Module):
                                   "c_proj": nn.Linear(config.inner, C)})
 
     def forward(self, x, past, mask):
-        qkv = self.attn["c_attn"](self.ln_1(x))                                     # (B, T, 3 C)
-        q, k, v = qkv.chunk(3, dim=-1)
-        k, v = extend_cache(past, split_heads(k, self.heads), split_heads(v, self.heads))
-        q = split_heads(q, self.heads)
+        qkv = split_heads(self.attn["c_attn"](self.ln_1(x)), 3 * self.heads)    # (B, 3 H, T, D)
+        q, k, v = qkv.chunk(3, dim=1)
+        k, v = extend_cache(past, k, v)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
                                            dropout_p=self.dropout if self.training else 0.0)
         y = self.attn["c_proj"](y.transpose(1, 2).flatten(2))
