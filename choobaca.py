@@ -1820,9 +1820,8 @@ def read_pair(line, path, number, rule="2024", names=None):
             item = json.loads(line)
         else:                                               # what is surplus has the name None
             rows = [row.decode("utf-8-sig") for row in (names, line)]
-            tabs = (row.split("\t") for row in rows)
-            cells = csv.reader(rows, strict=True) if path.suffix == ".csv" else tabs
-            item = dict(itertools.zip_longest(*cells))
+            tabs = {} if path.suffix == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+            item = next(csv.DictReader(rows, strict=True, **tabs))
         keys = ("sentence_good", "sentence_bad")
         if "Target1" in item:
             keys = ("Target1", "Target2", "Context1", "Context2")
