@@ -1494,11 +1494,10 @@ class Run:
 
 def describe_run(run, corpus, device):
     """Return what run.json says: all that it takes to know, and to repeat, what was done."""
-    given = [str(each.out) for each in run.teachers]
-    given += [run.settings.init] if run.settings.init else []
-    weights = [weights_digests(Path(folder)) for folder in given]
+    given = [*(str(each.out) for each in run.teachers), run.settings.init]
+    weights = [weights_digests(Path(folder)) for folder in given if folder]
     return {"argv": sys.argv[1:], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "settings": asdict(run.settings), "teachers": given[:len(run.teachers)],
+            "settings": asdict(run.settings), "teachers": given[:-1],
             "digests": {**corpus.digests, "dev": digest(corpus.dev.tobytes()),
                         "weights": weights, "code": file_digest(__file__)},
             "words": corpus.words, "checkpoints": checkpoint_steps(corpus, run.settings),
