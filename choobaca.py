@@ -1440,7 +1440,7 @@ def words_read(step, corpus, settings):
 
 def checkpoint_steps(corpus, settings):
     """Return the folders of --checkpoints, each with the step after which it is written."""
-    counts = settings.checkpoints.split(",") if settings.checkpoints else []
+    counts = re.findall(r"\w+", settings.checkpoints)
     if counts == ["babylm"]:                # at 1M to 10M words, then by 10M, then by 100M
         counts = [f"{power * i}M" for power in (1, 10, 100) for i in range(1, 11)]
     found = {}
