@@ -1679,7 +1679,7 @@ def write_step(run, line, row, scaler, log, bar):
     bar.set_postfix_str(f"loss {loss:.3g}, lr {line['lr']:.2g}", False)
     bar.update()
 
-def fit(run, corpus, device, log, resume=False):
+def fit(run, corpus, device, log, resume):
     """Train a run: a log line a step and, at the end, the weights, to the same bytes if resumed."""
     settings = run.settings
     rank, size = rank_and_size()
