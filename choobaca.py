@@ -964,9 +964,12 @@ def written_whole(path):
     finally:
         partial.unlink(missing_ok=True)
 
-def write_json(path, value):
+def write_file(path, content):
     with written_whole(path) as file:
-        file.write((json.dumps(value, indent=2) + "\n").encode())
+        file.write(content)
+
+def write_json(path, value):
+    write_file(path, (json.dumps(value, indent=2) + "\n").encode())
 
 def read_json(path):
     with reading(path):
@@ -1130,8 +1133,7 @@ def save_tokenizer(folder, tokenizer):
     facts = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     write_json(folder / "special_tokens_map.json", specials)
     write_json(folder / "tokenizer_config.json", facts | specials)
-    with written_whole(folder / "tokenizer.json") as file:
-        file.write(tokenizer.to_str(pretty=True).encode())
+    write_file(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
 
 def load_vocabulary(path):
     """Load the vocabulary of a tokenizer.json, or of a folder that has one."""
@@ -1392,8 +1394,7 @@ def save_model(folder, model, vocabulary):
     ids = {key: facts[key] for key in facts if key.endswith("token_id")}
     write_json(folder / "generation_config.json", ids)
     for name, content in vocabulary.files.items():
-        with written_whole(folder / name) as file:
-            file.write(content)
+        write_file(folder / name, content)
     weights = {}
     for name, parameter in model.named_parameters():
         whole = name if name.startswith("lm_head") else model.prefix + name
@@ -1558,8 +1559,7 @@ def write_card(run, corpus, found):
             f"trained with ChooBaCa from {begun}: {describe_plan(run, corpus)}{found}.\n\n"
             f"- Text: {Path(run.settings.text).name}, {corpus.words:,} words\n- Teachers: "
             f"{teachers or 'none'}\n- Settings that are not the defaults: {json.dumps(settings)}\n")
-    with written_whole(run.out / "README.md") as file:
-        file.write(text.encode(errors="replace"))
+    write_file(run.out / "README.md", text.encode(errors="replace"))
 
 @contextlib.contextmanager
 def signals_kept():
@@ -1883,8 +1883,8 @@ def keep_scores(folder, suite, pairs, scores, weights):
              "good": good, "bad": bad} for pair, (good, bad) in zip(pairs, scores.tolist())]
     rows = [{"pairs": len(pairs), "weights": weights}, *rows]
     named = json.dumps([pair[:4] for pair in pairs])        # a sample does not replace the whole
-    with written_whole(folder / f"{suite}-{digest(named.encode())[:8]}.jsonl") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+    path = folder / f"{suite}-{digest(named.encode())[:8]}.jsonl"
+    write_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 def pairs_table(results, paradigms):
     """Lay out the summaries of models on the same pairs, side by side, in percent."""
@@ -2335,8 +2335,7 @@ def sample_command(run, prompt, tokens, temperature, count, seed, out, device):
             new = sum(len(row) + 1 for row in drawn if row)
             need(new, f"{run} writes nothing but empty lines: train it for longer.")
             bar.update(new)
-    with written_whole(out / "sampled.train") as file:
-        file.write("".join(line + "\n" for line in lines if line).encode())
+    write_file(out / "sampled.train", "".join(line + "\n" for line in lines if line).encode())
     echo(f"{out / 'sampled.train'}: about {bar.n:,} tokens")
 
 if __name__ == "__main__":
