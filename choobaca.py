@@ -1332,10 +1332,10 @@ def from_hf_config(path):
     for key, value in HF_FIXED[kind].items():
         found = raw.get(key, value)
         need(found == value, f"{path}: {key} is {found!r}: expected {value!r}.")
-    if kind == "gpt2" and type(raw.get("n_embd")) is int:
-        raw = {"n_inner": 4 * raw["n_embd"]} | raw
     values = {"model_type": kind, "context": 1}
     for name, (key, missing) in HF_KEYS[kind].items():
+        if key == "n_inner":
+            missing = 4 * values["width"]
         values[name] = checked(KNOWN[name], raw.get(key, missing), f"{path}: {key}")
     config = Settings(**values)
     V, D = raw.get("vocab_size"), config.width // config.heads
