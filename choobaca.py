@@ -1367,7 +1367,7 @@ def read_safetensors(path):
     tensors, last = {}, 0
     with reading(path):
         content = np.memmap(path, np.uint8, "c")
-        start = 8 + int.from_bytes(content[:8].tobytes(), "little")
+        start = 8 + int.from_bytes(content[:8], "little")
         header = json.loads(content[8:start].tobytes())
         header.pop("__metadata__", None)
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -1379,7 +1379,7 @@ def read_safetensors(path):
                 continue                            # older versions saved masks and angles
             need(entry["dtype"] in DTYPES,
                  f"{path}: {name!r} has dtype {entry['dtype']!r}: expected {', '.join(DTYPES)}.")
-            raw = torch.from_numpy(np.array(content[start + begin:start + end]))
+            raw = torch.tensor(content[start + begin:start + end])
             tensors[name] = raw.view(DTYPES[entry["dtype"]]).view(entry["shape"])
     return tensors
 
