@@ -1798,8 +1798,8 @@ def write_on(model, rows, ends, length, generator, temperature):
         if not len(ids):
             break
         cache = [[past[keep] for past in layer] for layer in cache]
-        for row, i in zip(going.tolist(), ids[:, 0].tolist()):
-            drawn[row].append(i)
+        for row, new in zip(going.tolist(), ids.tolist()):
+            drawn[row] += new
     return drawn
 
 # 14. Tables: reading pairs, summing up scores, comparing models --------------
