@@ -1874,7 +1874,7 @@ def summarise(pairs, scores):
                           "stderr": right.std() / math.sqrt(n - 1) if n > 1 else 0.5,
                           "ties": int(np.sum(good == bad))}
     terms = sorted(group_by(paradigms.values(), lambda row: row["phenomenon"]).items())
-    return {**mean_row(list(paradigms.values())), "paradigms": paradigms,
+    return {**mean_row(paradigms.values()), "paradigms": paradigms,
             "phenomena": {term: mean_row(rows) for term, rows in terms}}
 
 def keep_scores(folder, suite, pairs, scores, weights):
@@ -1955,8 +1955,8 @@ def compare_scores(names, first, other):
             verdict = "better" if low > 0 else "worse"
         if len(groups) < 3:
             verdict += " on these pairs"
-        before = np.mean([first[group].mean() for group in groups])
-        after = np.mean([other[group].mean() for group in groups])
+        before, after = (np.mean([right[group].mean() for group in groups])
+                         for right in (first, other))
         rows.append({"phenomenon": term, "n": len(chosen),
                      "first": before, "other": after, "difference": after - before,
                      "low": low, "high": high, "verdict": verdict})
