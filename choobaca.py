@@ -1201,10 +1201,9 @@ def read_corpus(settings, cache):
     if not settings.tokenizer:
         source = digest(f"{text} {settings.vocab_size}".encode())
         folder = cache / f"tokenizer-{source[:12]}"
-        rank, size = rank_and_size()
-        if rank == 0 and not (folder / "tokenizer.json").exists():
+        if rank_and_size()[0] == 0 and not (folder / "tokenizer.json").exists():
             save_tokenizer(folder, train_tokenizer(train, settings.vocab_size))
-        if size > 1:
+        if dist.is_initialized():
             dist.barrier()                          # the other ranks wait for it
     vocabulary = load_vocabulary(folder)
     ids = [encode(vocabulary, lines, settings.prefix) for lines in (train, dev)]
