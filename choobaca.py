@@ -1273,14 +1273,13 @@ def new_model(config, vocab_size, seed):
     """Make a model with Hugging Face's initial weights: N(0, 0.02), 0 in biases, 1 in norms."""
     model = empty_model(config, vocab_size).to_empty(device="cpu")
     generator = torch.Generator().manual_seed(seed)         # the same weights for every device
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            # GPT-2 shrinks what returns into the residual stream, so that the sum keeps its size.
-            scale = math.sqrt(2 * config.layers) if name.endswith("c_proj.weight") else 1.0
-            if parameter.dim() == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            else:
-                parameter.normal_(0.0, 0.02 / scale, generator=generator)
+    for name, weight in model.state_dict().items():
+        # GPT-2 shrinks what returns into the residual stream, so that the sum keeps its size.
+        scale = math.sqrt(2 * config.layers) if name.endswith("c_proj.weight") else 1.0
+        if weight.dim() == 1:
+            weight.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            weight.normal_(0.0, 0.02 / scale, generator=generator)
     return model
 
 # 11. Run folders -------------------------------------------------------------
