@@ -1411,10 +1411,9 @@ def load_model(folder, device):
         with reading(index):
             shards = {Path(name).name for name in read_json(index)["weight_map"].values()}
     model = empty_model(config, V)
-    found = {}
-    for shard in sorted(shards):
-        for name, tensor in read_safetensors(folder / shard).items():
-            found[name.removeprefix(model.prefix)] = stored(name, tensor).float()
+    found = {name.removeprefix(model.prefix): stored(name, tensor).float()
+             for shard in sorted(shards)
+             for name, tensor in read_safetensors(folder / shard).items()}
     head = found.pop("lm_head.weight", None) if config.tied else None
     if head is not None:                            # some hold it twice, some by this name alone
         found.setdefault(next(iter(model.state_dict())), head)
