@@ -1861,8 +1861,7 @@ def mean_row(rows):
 def summarise(pairs, scores):
     """Return accuracy overall, by phenomenon and by paradigm, with standard error, n and ties."""
     paradigms = {}
-    groups = group_by(range(len(pairs)), lambda i: pairs[i].paradigm)
-    for uid, members in groups.items():
+    for uid, members in group_by(range(len(pairs)), lambda i: pairs[i].paradigm).items():
         good, bad = scores[members].T
         right = good >= bad                                         # a tie counts
         n = len(members)
