@@ -2054,7 +2054,7 @@ def plan_runs(out, folders, settings, described, corpus):
     need(len({run.out.resolve() for run in runs}) == len(runs), "two models would be in one "
          "folder: expected teachers of different settings, and --out to be neither.")
     for path in [*folders, Path(settings.init or "/")]:
-        need(out.resolve() not in [path.resolve(), *path.resolve().parents],
+        need(not path.resolve().is_relative_to(out.resolve()),
              f"{path} would be in --out, which is written anew: choose another.")
     size = rank_and_size()[1]
     for run in runs:
