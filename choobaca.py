@@ -1942,7 +1942,7 @@ def compare_scores(names, first, other):
     terms = sorted(group_by(everything, lambda i: names[i][0]).items())
     rows = []
     for term, chosen in [*terms, ("all", everything)]:
-        groups = list(group_by(chosen, lambda i: names[i][:2]).values())
+        groups = group_by(chosen, lambda i: names[i][:2]).values()
         gaps = [other[group] - first[group] for group in groups]
         low, high = confidence_interval(gaps)
         # Up to five pairs that differ fall on one side by chance once in 16 times, or more often.
