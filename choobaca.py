@@ -1964,11 +1964,10 @@ def settings_flags(command):
     """Give a command a flag for every setting, None where it is not given."""
     for field in reversed(KNOWN.values()):
         flag = "--" + field.name.replace("_", "-")
-        kind = field.type
-        if kind is bool:
+        if field.type is bool:
             flag += f"/--no-{flag[2:]}"
-        if field.metadata["choices"]:
-            kind = click.Choice(field.metadata["choices"])
+        choices = field.metadata["choices"]
+        kind = click.Choice(choices) if choices else field.type
         default = str(field.default).removeprefix(f"{HOME}/") or "empty"
         text = f"{field.metadata['help']}  [default: {default}]"
         command = option(flag, field.name, default=None, type=kind, help=text)(command)
