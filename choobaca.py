@@ -1933,8 +1933,7 @@ def confidence_interval(differences):
     mass = np.cumsum(np.cos(angle) ** (df - 1))
     quantile = angle[np.searchsorted(mass, 0.95 * mass[-1])]
     reach = sample.std() * math.tan(quantile) if df else 2.0
-    ends = np.array([-reach, reach]) + means.mean()
-    return ends.clip(-1, 1).tolist()
+    return (means.mean() + np.array([-reach, reach])).clip(-1, 1).tolist()
 
 def compare_scores(names, first, other):
     """Return how the second model differs from the first, by phenomenon and over all pairs."""
