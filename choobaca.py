@@ -1356,8 +1356,7 @@ def write_safetensors(path, tensors):
     with written_whole(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
-            values = tensor.detach().cpu().contiguous()
-            file.write(values.view(torch.uint8).numpy())
+            file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
 
 def read_safetensors(path):
     """Read the tensors of a safetensors file, every entry checked."""
