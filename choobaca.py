@@ -1392,10 +1392,8 @@ def save_model(folder, model, vocabulary):
     write_json(folder / "generation_config.json", ids)
     for name, content in vocabulary.files.items():
         write_file(folder / name, content)
-    weights = {}
-    for name, parameter in model.named_parameters():
-        whole = name if name.startswith("lm_head") else model.prefix + name
-        weights[whole] = stored(name, parameter)
+    weights = {name if name.startswith("lm_head") else model.prefix + name: stored(name, parameter)
+               for name, parameter in model.named_parameters()}
     write_safetensors(folder / "model.safetensors", weights)
 
 def load_model(folder, device):
