@@ -1219,7 +1219,7 @@ class GPT2Block(nn.Module):
         super().__init__()
         C = config.width
         self.heads = config.heads
-        self.dropout = config.dropout
+        self.dropout = nn.Dropout(config.dropout)
         self.ln_1 = nn.LayerNorm(C, config.norm_eps)
         self.ln_2 = nn.LayerNorm(C, config.norm_eps)
         self.attn = nn.ModuleDict({"c_attn": nn.Linear(C, 3 * C), "c_proj": nn.Linear(C, C)})
@@ -1231,11 +1231,11 @@ class GPT2Block(nn.Module):
         q, k, v = qkv.chunk(3, dim=1)
         k, v = extend_cache(past, k, v)
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None,
-                                           dropout_p=self.dropout if self.training else 0.0)
+                                           dropout_p=self.dropout.p if self.training else 0.0)
         y = self.attn["c_proj"](y.transpose(1, 2).flatten(2))
-        x = x + F.dropout(y, self.dropout, self.training)
+        x = x + self.dropout(y)
         y = F.gelu(self.mlp["c_fc"](self.ln_2(x)), approximate="tanh")
-        return x + F.dropout(self.mlp["c_proj"](y), self.dropout, self.training)
+        return x + self.dropout(self.mlp["c_proj"](y))
 
 class GPT2(nn.Module):
     """GPT-2 (Radford et al. 2019): LayerNorm, learned positions, GELU, biases everywhere."""
