@@ -1851,9 +1851,9 @@ def read_pairs(folder, sample=0, rule="2024"):
 
 def mean_row(rows):
     """Average accuracies without weights, as BabyLM does; errors add up as their squares."""
-    row = {"accuracy": np.mean([row["accuracy"] for row in rows]),
-           "stderr": math.hypot(*(row["stderr"] for row in rows)) / len(rows)}
-    return row | {key: sum(row[key] for row in rows) for key in ("n", "ties")}
+    return {"accuracy": np.mean([row["accuracy"] for row in rows]),
+            "stderr": math.hypot(*(row["stderr"] for row in rows)) / len(rows),
+            **{key: sum(row[key] for row in rows) for key in ("n", "ties")}}
 
 def summarise(pairs, scores):
     """Return accuracy overall, by phenomenon and by paradigm, with standard error, n and ties."""
