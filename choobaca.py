@@ -1124,7 +1124,7 @@ def read_text(folder, names):
             with reading(path):                     # a byte that is not UTF-8 is named
                 text = path.read_bytes().decode("utf-8-sig")
             need(text.strip(), f"{path} is empty: expected text.")
-            lines += [line.strip() for line in text.split("\n") if line.strip()]
+            lines += filter(None, map(str.strip, text.split("\n")))
     return lines
 
 def save_tokenizer(folder, tokenizer):
