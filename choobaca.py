@@ -1707,7 +1707,8 @@ def fit(run, corpus, device, log, resume):
     folders = checkpoint_steps(corpus, settings)
     with bar, signals_kept() as received:
         for step in range(first, steps):    # each depends on its number, weights and optimizer
-            last = step + 1 == steps
+            taken = step + 1                    # steps, with this one
+            last = taken == steps
             lr = lr_at(step, steps, settings)
             beta = beta_at(step, steps, per_epoch, settings)
             for group in optimizer.param_groups:
@@ -1720,14 +1721,14 @@ def fit(run, corpus, device, log, resume):
             row = step_by(model, optimizer, coach, *batch, settings, beta, dtype, scaler)
             row = row.to("cpu", non_blocking=True)
             done = torch.cuda.current_stream().record_event() if device == "cuda" else None
-            line = {"step": step + 1, "epoch": (step + 1) / per_epoch,
-                    "words": round(words_read(step + 1, corpus, settings)), "lr": lr}
+            line = {"step": taken, "epoch": taken / per_epoch,
+                    "words": round(words_read(taken, corpus, settings)), "lr": lr}
             line |= {"beta": beta} if coach else {}
             late.append((line, row, done))              # to be logged a step late, if it can be
             number = stop_signal(received, device)
             due = number or time.monotonic() - saved > 60 * settings.save_minutes
-            look = last or (step + 1) % look_every == 0     # at held-out text; changes nothing
-            while len(late) > (0 if look or due or step + 1 in folders.values() else 1):
+            look = last or taken % look_every == 0      # at held-out text; changes nothing
+            while len(late) > (0 if look or due or taken in folders.values() else 1):
                 old_line, old_row, done = late.pop(0)
                 if done:
                     done.synchronize()
@@ -1737,17 +1738,17 @@ def fit(run, corpus, device, log, resume):
             if dev_loss is not None:
                 need(math.isfinite(dev_loss),
                      f"{run.out}: the held-out loss is {dev_loss}: take a lower --lr.")
-                log.write(json.dumps({"step": step + 1, "dev_loss": dev_loss}) + "\n")
+                log.write(json.dumps({"step": taken, "dev_loss": dev_loss}) + "\n")
                 if settings.keep == "best" and dev_loss < progress["least"]:
                     progress["least"] = dev_loss
                     parts["best"].load_state_dict(model.state_dict())
             for name, at in folders.items():
-                if rank == 0 and at == step + 1:
+                if rank == 0 and at == taken:
                     save_model(run.out / name, model, corpus.vocabulary)
             if due and not last and rank == 0:      # every few minutes, and before we obey a signal
                 log.flush()
                 os.fsync(log.fileno())
-                progress |= {"step": step + 1, "seconds": seconds, "logged": log.tell()}
+                progress |= {"step": taken, "seconds": seconds, "logged": log.tell()}
                 save_state(run.out / "state.pt", progress, parts)
                 saved = time.monotonic()
             if number:
@@ -1757,7 +1758,7 @@ def fit(run, corpus, device, log, resume):
             (run.out / "state.pt").unlink(missing_ok=True)
         number = stop_signal(received, device) or number        # all wait until rank 0 has written
     if number and rank == 0:
-        echo(f"{run.name}: stopped after step {step + 1:,} of {steps:,}, which is kept. To "
+        echo(f"{run.name}: stopped after step {taken:,} of {steps:,}, which is kept. To "
              "go on: the same command with --resume.", err=True)
     if number:
         sys.exit(128 + number)
