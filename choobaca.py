@@ -1623,8 +1623,7 @@ def locked_log(folder, wait, begun):    # begun: there was a run when this comma
     """Open a run's log, and keep other processes from training there; a crash ends the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     rank, size = rank_and_size()
-    path = Path(os.devnull) if rank else folder / "log.jsonl"       # rank 0 writes
-    with open(path, "a") as log:
+    with open(os.devnull if rank else folder / "log.jsonl", "a") as log:        # rank 0 writes
         try:
             if os.name == "posix" and not rank:     # Windows has no such lock
                 import fcntl
