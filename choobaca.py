@@ -1256,8 +1256,7 @@ class GPT2(nn.Module):
 
     def hidden(self, ids, cache=None, tree=None):                   # cache and tree: as in Llama
         positions = tree.depth if tree else torch.arange(ids.shape[1], device=ids.device)
-        x = self.wte(ids) + self.wpe(positions)
-        x = F.dropout(x, self.config.dropout, self.training)
+        x = F.dropout(self.wte(ids) + self.wpe(positions), self.config.dropout, self.training)
         for block, past in zip(self.h, cache or [None] * len(self.h)):
             x = block(x, past, tree.sees if tree else None)
         return self.ln_f(x)
