@@ -794,29 +794,20 @@ def steps_of(run):
 def same_runs(one, other):
     assert weights(one) == weights(other) and history(one) == history(other)
 
-def stopped(monkeypatch, after, number=signal.SIGINT):
-    """Let a signal come in the `after`-th step from now."""
-    def step(*rest, count=itertools.count(1)):
+def stopped(monkeypatch, after, number=signal.SIGINT, where="train_step"):
+    """Let a signal come in the `after`-th step from now, or call of another function."""
+    def step(*rest, count=itertools.count(1), function=getattr(c, where)):
         if next(count) == after:
             os.kill(os.getpid(), number)
-        return TRAIN_STEP(*rest)
+        return function(*rest)
 
-    monkeypatch.setattr(c, "train_step", step)
+    monkeypatch.setattr(c, where, step)
 
 def write_pairs(path, *rows, **more):
     """A file of pairs: two texts as BLiMP's lines have, or five as EWoK's, but none of EWoK's."""
     Path(path).parent.mkdir(exist_ok=True)
     items = [dict(zip(KEYS[len(row) > 2].split(), row)) | more for row in rows]
     Path(path).write_text("".join(json.dumps(item) + "\n" for item in items))
-
-@contextlib.contextmanager
-def room_for(size):
-    """A limit on the size of files stands for a disk that is full."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     """And what two processes write at once does not mix."""
@@ -1047,9 +1038,8 @@ def test_what_is_finished_is_used_again_if_it_is_the_same(here, monkeypatch):
     teacher, = here.glob("r/teacher-*")
     with raises(click.ClickException, match="has begun"), c.locked_log(Path("r/1"), False, False):
         pass                                            # by another command, meanwhile
-    with monkeypatch.context() as patch:
-        stopped(patch, 3)
-        train("a/1", code=130)
+    stopped(monkeypatch, 3)
+    train("a/1", code=130)
     shutil.copytree(f"a/{teacher.name}", "half")
     train("a/1")                                        # its teacher goes on where it stopped
     same_runs("r/1", "a/1")
@@ -1071,14 +1061,11 @@ def test_what_is_finished_is_used_again_if_it_is_the_same(here, monkeypatch):
     assert record["teachers"] == [str(teacher)] == [record["settings"]["tokenizer"]]
 
     def late(folder, wait, begun, locked=c.locked_log):
-        def end():
-            shutil.copytree(source, folder, dirs_exist_ok=True)
-            held.__exit__(*[None] * 3)
-
+        held = contextlib.ExitStack()
         if wait:
-            held = locked(folder, wait, begun)
-            held.__enter__()
-            threading.Timer(1, end).start()
+            held.enter_context(locked(folder, wait, begun))
+            held.callback(shutil.copytree, source, folder, dirs_exist_ok=True)
+            threading.Timer(1, held.close).start()
         return locked(folder, wait, begun)
 
     monkeypatch.setattr(c, "locked_log", late)
@@ -1225,13 +1212,8 @@ def test_a_signal_ends_a_run_after_the_step_and_resume_goes_on(here, monkeypatch
 
 def test_a_signal_while_the_model_is_written(here, monkeypatch):
     """The model is whole, and the command goes no further; --resume does."""
-    def save_and_stop(*args, save=c.save_model):
-        os.kill(os.getpid(), signal.SIGINT)
-        save(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(c, "save_model", save_and_stop)
-        assert train("x/run", "--objective rkl --teachers 1", 130).stdout == ""
+    stopped(monkeypatch, 1, where="save_model")
+    assert train("x/run", "--objective rkl --teachers 1", 130).stdout == ""
     (teacher,), run = here.glob("x/teacher-*"), here / "x/run"
     assert (teacher / "model.safetensors").exists() and not run.exists()
     assert "found, reusing it" in train("x/run", "--objective rkl --teachers 1 --resume").stderr
@@ -1267,9 +1249,12 @@ def test_what_is_no_checkpoint_of_this_run_is_refused(here, monkeypatch):
 
 def test_a_full_disk_leaves_the_last_checkpoint(here, monkeypatch):
     """A tokenizer, a checkpoint, a log find no room: a sentence each, and what was there stays."""
-    def fails(size, name):
-        with room_for(size):
+    def fails(size, name):              # a limit on files' size stands for a disk that is full
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, -1))
+        try:
             told = untrained("r/x", "--resume --save-minutes 0")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (-1, -1))
         assert re.search(rf"Error: (\S+{name}|Writing failed): File too large[.]", told), told
         assert not list(here.rglob(".choobaca-*"))
 
