@@ -979,22 +979,6 @@ def test_models_are_kept_by_words_read_or_held_out_loss(here, monkeypatch):
     assert [*steps][:19:9] == ["chck_1M", "chck_10M", "chck_100M"] and len(steps) == 28
     assert steps["chck_1000M"] == 10**9 / 128
 
-def test_what_is_replaced_is_the_runs_own(here):
-    """Not what a link leads to, nor what somebody keeps there; and no NaN is a model."""
-    train("a")
-    train("run/b", "--checkpoints 100")
-    os.symlink(here / "a", "run/b/chck_link")
-    Path("run/b/chck_notes").mkdir()
-    Path("run/b/chck_notes/model.txt").touch()
-    train("run/b", "--overwrite --steps 2")
-    assert weights("a") and [*Path("run/b").glob("chck_*/*.t*t")]
-    assert not Path("run/b/chck_100/model.safetensors").exists()
-    for flags in ("--checkpoints 100,150 --steps 3 --eval-every 3", "--steps 1 --warmup 0"):
-        told = untrained("nan", f"--lr 1e9 --clip 0 --model-type gpt2 --overwrite {flags}")
-        assert "take a lower --lr" in told and not os.path.exists("nan/model.safetensors")
-        for path in Path("nan").glob("chck_*/model.safetensors"):
-            assert all(x.isfinite().all() for x in c.read_safetensors(path).values())
-
 def test_a_run_begins_with_given_weights(here, saved, vocabulary):
     """By name alone: shape and tokenizer come with them. At a learning rate of 0 they stay."""
     train("a", "--tied --heads 1")
@@ -1271,7 +1255,13 @@ def test_a_full_disk_leaves_the_last_checkpoint(here, monkeypatch):
     same_runs("r/whole", "r/x")
 
 def test_what_goes_wrong_in_a_run_is_said(here, saved, vocabulary, monkeypatch):
-    """Ruined weights; memory that runs out. But a fault of ours is none of the user's."""
+    """Ruined weights, of which no model is kept; memory that runs out. But a fault of ours is none
+    of the user's."""
+    for flags in ("--checkpoints 100,150 --steps 3 --eval-every 3", "--steps 1 --warmup 0"):
+        told = untrained("nan", f"--lr 1e9 --clip 0 --model-type gpt2 --overwrite {flags}")
+        assert "take a lower --lr" in told and not os.path.exists("nan/model.safetensors")
+        for path in here.glob("nan/chck_*/model.safetensors"):
+            assert all(x.isfinite().all() for x in c.read_safetensors(path).values())
     broken = model(V=vocabulary.size)
     broken.norm.weight.data.fill_(math.nan)
     c.save_model(saved, broken, vocabulary)
@@ -1503,18 +1493,20 @@ def test_bad_input_is_one_sentence_and_nothing_is_left(here, monkeypatch, comman
         assert wanted in error(command.format(given), code) and not os.path.exists("out"), given
 
 def test_a_run_folder_is_never_overwritten_unasked(here):
-    """Nor is a file that is not ours, or a teacher by its student."""
+    """Nor is a file that is not ours, what a link in it leads to, or a teacher by its student."""
     train("run")
     before = weights("run")
-    for flags, wanted in (("--seed 1", "add --overwrite"), (
-            "--teacher run --objective rkl --overwrite", "would be in one folder")):
-        assert wanted in untrained("run", flags) and weights("run") == before
-    train("run", "--seed 1 --overwrite")
-    assert weights("run") != before
-    os.remove("run/model.safetensors")                  # as an interrupted run leaves it
-    assert "or --resume to go on" in untrained("run")
-    train("run", "--resume")
+    refused("train -c brief.toml -o run", {
+        "--seed 1": "or --resume to go on, or add --overwrite",
+        "--teacher run --objective rkl --overwrite": "would be in one folder"})
     assert weights("run") == before
+    os.remove("run/model.safetensors")                  # as an interrupted run leaves it
+    train("run", "--seed 1 --resume --checkpoints 100")
+    shutil.copytree("run", "run/chck_notes/a")
+    os.symlink("chck_notes/a", "run/chck_link")
+    train("run", "--overwrite")
+    assert weights("run") == before != weights("run/chck_link")
+    assert not os.path.exists("run/chck_100/model.safetensors")
     for name in ("thesis.partial", "thesis.txt", "config.json", "tokenizer.json", "run.json"):
         path = Path(f"mine-{name}/{name}")
         c.write_json(path, {})
