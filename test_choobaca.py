@@ -22,7 +22,6 @@ import resource
 import shlex
 import shutil
 import signal
-import socket
 import socketserver
 import subprocess
 import sys
@@ -1090,8 +1089,8 @@ def test_runs_in_half_precision(here, monkeypatch):
     assert {math.isfinite(line["norm"]) for line in steps_of("part")} == {True, False}
 
 def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    with socketserver.TCPServer(("127.0.0.1", 0), None) as server:
+        return server.server_address[1]
 
 def in_two(out, flags="", codes=(0, 0), number=0):
     """What two processes say that train one model; the second is sent a signal after a step."""
@@ -1160,22 +1159,21 @@ print(status, kills, writing)"""
 def test_killed_at_any_moment_a_run_ends_as_it_would_have(here, monkeypatch, extra, steps):
     """25 times; the same weights and log. With accumulation, or two teachers, one with dropout."""
     monkeypatch.setenv("PYTHONPATH", str(HOME))
-    args = ["train", "-c", brief_config(here, extra), "--eval-every=7", f"--steps={steps}",
-            "--checkpoints=100,1k,2k,5k"]
-    run = functools.partial(subprocess.run, capture_output=True, text=True, timeout=300)
-    assert run([sys.executable, "-m", "choobaca", *args, "-o", "whole/run"]).returncode == 0
+    brief_config(here, extra)
+    command = f"train -c brief.toml --eval-every 7 --steps {steps} --checkpoints 100,1k,2k,5k"
+    invoke(f"{command} -o whole/run")
     text, = here.glob("whole/tokenizer-*")
     shutil.copytree(text, here / "killed" / text.name)
-    done = run([sys.executable, "-c", KILLER, *args])
+    done = subprocess.run([sys.executable, "-c", KILLER, *command.split()], capture_output=True,
+                          text=True, timeout=300)
     status, kills, writing = map(int, done.stdout.split())
     assert (status, kills) == (0, 25) and writing >= 3, (done.stdout, done.stderr)
-    for name in os.listdir("whole"):
-        assert sorted(os.listdir(f"whole/{name}")) == sorted(os.listdir(f"killed/{name}"))
-        if name != text.name:
-            same_runs(f"whole/{name}", f"killed/{name}")
-    kept = [path.relative_to(here / "whole") for path in here.glob("whole/run/chck_*/*")]
-    same = [Path("whole", path).read_bytes() == Path("killed", path).read_bytes() for path in kept]
-    assert all(same) and len(same) >= 18
+    whole, killed = (files_in(here / name) for name in ("whole", "killed"))
+    assert whole.keys() == killed.keys()
+    for name in {*os.listdir("whole")} - {text.name}:
+        same_runs(f"whole/{name}", f"killed/{name}")
+    kept = [name for name in whole if "chck_" in name]
+    assert len(kept) >= 18 and all(whole[name] == killed[name] for name in kept)
 
 def test_a_signal_ends_a_run_after_the_step_and_resume_goes_on(here, monkeypatch):
     """130 for Ctrl-C, 143 for SIGTERM; also from a run that was killed at its very beginning."""
@@ -1312,10 +1310,9 @@ def test_sample(saved, vocabulary):
     one, three, same, other, greedy = (invoke(command + more).stdout for more in (
         "", "--count 3", "--count 3", "--seed 1", "--temperature 1e-3 --count 2"))
     assert re.fullmatch("the dog.*\n", one) and one != other and three == same
-    m, ids = c.load_model(saved, "cpu")[0], [1, *encoded(vocabulary, " the dog")]
-    for _ in range(9):
-        ids.append(int(logits(m, torch.tensor([ids]))[0, -1].argmax()))
-    assert greedy == (" ".join(vocabulary.tokenizer.decode(ids).split()) + "\n") * 2
+    start = [1, *encoded(vocabulary, " the dog")]
+    drawn, = c.write_on(c.load_model(saved, "cpu")[0], [start], [], 9, None, 0)
+    assert greedy == (" ".join(vocabulary.tokenizer.decode(start + drawn).split()) + "\n") * 2
     assert invoke("sample model --prompt caf\udce9 --tokens 3").stdout
     assert "32 positions" in error(f"sample model --prompt '{'a ' * 40}'")
 
@@ -1550,8 +1547,7 @@ def test_a_damaged_or_unknown_model_is_one_sentence(saved):
         assert wanted in error("eval-blimp -m model"), cut
     path.unlink()
     assert "model.safetensors is missing" in error("eval-blimp -m model")
-    half = {"bos_token": {"content": "\ud800"}}
-    (saved / "special_tokens_map.json").write_text(json.dumps(half))
+    c.write_json(saved / "special_tokens_map.json", {"bos_token": {"content": "\ud800"}})
     assert "tokenizer.json is damaged" in error("eval-blimp -m model")
 
 def test_a_home_is_found_in_every_path(here, saved, monkeypatch):
@@ -2010,8 +2006,6 @@ def test_filtered_blimp_has_babylms_pairs(tmp_path, monkeypatch):
 # -----------------------------------------------------------------------------
 # data/figures.py
 
-POINTS = torch.arange(50, dtype=torch.float64) / 5
-
 def table_of(page):
     """The rows of a report's table; the page is well-formed XML, without a script."""
     table = ElementTree.fromstring(page.read_text()).find("body/table")
@@ -2082,7 +2076,7 @@ def test_what_the_papers_tables_say():
 def test_toy_shows_where_modes_are_sought(tmp_path):
     """Only by a student that is one Gaussian, and only where the modes are narrow."""
     told = invoke(f"toy --json --svg {tmp_path}/toy.svg").stdout
-    fits, x = {}, POINTS.numpy()                        # mean and width of each Gaussian student
+    fits, x = {}, np.arange(50) / 5                     # mean and width of each Gaussian student
     for teacher, result in json.loads(told).items():
         for name, row in result["objectives"].items():
             gap, q = np.abs(np.subtract(row["q"], result["p"])).sum(), np.array(row["gaussian_q"])
@@ -2161,14 +2155,13 @@ def test_glue_learns_keeps_what_it_found_and_goes_on(saved, vocabulary, monkeypa
     monkeypatch.setattr(glue, "fine_tune", tune)
     assert "Stopped: " in invoke(command + "model", 130).stderr
     tune.side_effect = None
-    result = invoke(command + "model --json")
+    found = json.loads(invoke(command + "model --json").stdout)
     assert [call.args[1] for call in tune.mock_calls] == ["sst2"] * 2 + ["mnli"] * 3
-    assert json.loads(result.stdout)["missing"] == "boolq, cola, mrpc, multirc, qnli, qqp, rte, wsc"
-    rows = json.loads(result.stdout)["rows"]
-    assert [row["task"] for row in rows] == ["sst2", "mnli", "mnli-mm"]
-    assert all(np.mean(row["values"]) == row["figure"] > row["majority"] + 0.1 for row in rows)
-    table = invoke(command + "model").stdout
-    assert re.search("mnli-mm .*\nmean .*, missing tasks: boolq", table)
+    assert found["missing"] == "boolq, cola, mrpc, multirc, qnli, qqp, rte, wsc"
+    assert [row["task"] for row in found["rows"]] == ["sst2", "mnli", "mnli-mm"]
+    for row in found["rows"]:
+        assert np.mean(row["values"]) == row["figure"] > row["majority"] + 0.1
+    assert re.search("mnli-mm .*\nmean .*, missing tasks: boolq", invoke(command + "model").stdout)
     assert tune.call_count == 5
     path, = saved.glob("glue-sst2-????????.jsonl")
     facts, *lines = lines_of(path)
