@@ -415,24 +415,25 @@ def literal_share(log_q, log_p, mu):
 def literal_mixture(log_q, log_p, share):
     return (share * log_p.exp() + (1 - share) * log_q.exp()).log()
 
-def literal_jsd(log_q, log_p, share):
-    m = literal_mixture(log_q, log_p, share)
-    return share * literal_kl(log_p, m) + (1 - share) * literal_kl(log_q, m)
+def literal_jsd(q, p, _, s):
+    m = literal_mixture(q, p, s.jsd_beta)
+    return s.jsd_beta * literal_kl(p, m) + (1 - s.jsd_beta) * literal_kl(q, m)
 
-def literal_drkl(log_q, log_p, targets, gamma):
+def literal_drkl(log_q, log_p, targets, s):
     """The target and the rest as two classes, and the rest among themselves."""
     two, rest = [], []
     for x in (log_q, log_p):
         others = x[torch.ones_like(x).scatter(1, targets, 0).bool()].view(len(x), -1)
         two.append(torch.cat([x.gather(1, targets), others.logsumexp(-1, True)], 1))
         rest.append(others.log_softmax(-1))
-    return literal_kl(*two) + gamma * literal_kl(*rest)
+    return literal_kl(*two) + s.gamma * literal_kl(*rest)
 
-def literal_todi(q, p):
+def literal_todi(q, p, *_):
     share = (p - q).detach().sigmoid()
     return (share * p.exp() * (p - q) + (1 - share) * q.exp() * (q - p)).sum(-1)
 
-def literal_ab(q, p, a, b):
+def literal_ab(q, p, _, s):
+    a, b = s.ab_alpha, s.ab_beta
     mean = (a * ((a + b) * p).exp() + b * ((a + b) * q).exp()) / (a + b)
     return ((a * p + b * q).exp() - mean).sum(-1) / (-a * b)
 
@@ -443,11 +444,8 @@ LITERAL = {
     "akl-r": lambda q, p, t, s: literal_both(q, p, 1 - literal_share(q, p, s.mu)),
     "skl": lambda q, p, t, s: literal_kl(p, literal_mixture(q, p, s.skew)),
     "srkl": lambda q, p, t, s: literal_kl(q, literal_mixture(q, p, 1 - s.skew)),
-    "jsd": lambda q, p, t, s: literal_jsd(q, p, s.jsd_beta),
-    "drkl": lambda q, p, t, s: literal_drkl(q, p, t, s.gamma),
     "tvd": lambda q, p, t, s: 1 - torch.minimum(p.exp(), q.exp()).sum(-1),
-    "todi": lambda q, p, t, s: literal_todi(q, p),
-    "ab": lambda q, p, t, s: literal_ab(q, p, s.ab_alpha, s.ab_beta),
+    "jsd": literal_jsd, "drkl": literal_drkl, "todi": literal_todi, "ab": literal_ab,
 }
 CONSTANTS = dict(fkl_weight=0.3, mu=0.4, skew=0.2, jsd_beta=0.7, ab_alpha=0.2, gamma=0.8)
 every_divergence = mark.parametrize("name", c.DIVERGENCES)
