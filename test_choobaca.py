@@ -31,7 +31,7 @@ import tokenize
 import urllib.request
 import zipfile
 from pathlib import Path
-from unittest.mock import DEFAULT, Mock
+from unittest.mock import DEFAULT, Mock, patch
 from xml.etree import ElementTree
 
 # One thread: as fast for such small models, and not 5 times slower beside another busy process.
@@ -215,9 +215,8 @@ BATCH = some_ids(8, 16), some_ids(8, 16).roll(-1, 1)
 def step_of(m, coach=None, *how, **changes):
     """A step of training, at beta = 1 if nothing else is said: loss, its parts, gradient's norm."""
     s = settings(**changes) if coach else settings(objective="ce")
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
     return c.train_step(m, c.make_optimizer(m, s), coach, *BATCH, s, *(how or [1.0]),
-                        torch.float32, scaler)
+                        torch.float32, torch.amp.GradScaler("cpu", enabled=False))
 
 @mark.parametrize("tau, alpha", [(2.0, 0.5), (1.0, 0.2), (4.0, 0.9), (2.0, 0.0), (2.0, 1.0)])
 def test_the_lesson_in_five_lines_is_the_fused_loss(tau, alpha):
@@ -701,9 +700,10 @@ def test_tries_score_as_one_text_at_a_time_does(vocabulary, kind, nodes, monkeyp
     for context in ("The dog.", "The dog  "):
         pairs += sentences("A cat saw it.", "A cat ate it.", "ran by.", "runs.", context=context)
     m = model(V=vocabulary.size, sharp=5, **kind)
-    found = c.score_pairs(m, vocabulary, pairs, "")[1]
+    empty = pairs[0]._replace(bad=("A", ""))            # is left out
+    scored, found = c.score_pairs(m, vocabulary, [empty, *pairs], "")
     wanted = [[plain_score(m, vocabulary, text) for text in pair[:2]] for pair in pairs]
-    assert np.allclose(found, wanted, 0, 1e-4)
+    assert scored == pairs and np.allclose(found, wanted, 0, 1e-4)
     assert found[1, 0] == found[1, 1] and found[0, 0] == found[3, 1]    # equal to the last bit
 
 def test_the_rule_of_2026(saved, vocabulary):
@@ -724,14 +724,6 @@ def test_the_rule_of_2026(saved, vocabulary):
         invoke(f"eval-blimp -m model -d p --rule {rule}")
         assert "all " in invoke(f"compare model model --suite {name}").stdout
     assert len([*saved.glob("*blimp-*")]) == 2
-
-def test_pairs_that_cannot_be_scored_are_left_out(vocabulary):
-    """Nothing is left of a text to score; a text that is too long: test_any_text_trains..."""
-    good, m = sentences("A", "b", context="The"), model(V=vocabulary.size)
-    bad = [good[0]._replace(bad=("A", ""))]
-    assert c.score_pairs(m, vocabulary, bad + good, "")[0] == good
-    with raises(click.ClickException, match="expected pairs that the model can score"):
-        c.score_pairs(m, vocabulary, bad, "")
 
 def test_the_trie_of_its_docstring():
     shown, trie, m = " ".join(c.Trie.__doc__.split()), c.Trie(), model()
@@ -759,7 +751,7 @@ def test_no_array_of_all_logits_is_held_in_scoring():
 # -----------------------------------------------------------------------------
 # 8 to 12. Files, run folders, training
 
-TRAIN_STEP, NO_FLAGS, AB = c.train_step, dict.fromkeys(c.KNOWN), [("A.", "B.")]
+NO_FLAGS, AB = dict.fromkeys(c.KNOWN), [("A.", "B.")]
 RKL = 'objective = "rkl"\nteachers = 1'
 KEYS = "sentence_good sentence_bad", "Domain Context1 Context2 Target1 Target2"
 
@@ -994,8 +986,10 @@ def test_any_text_trains_and_own_pairs_are_scored(here):
     """German, Chinese, emoji, by the default config: without the pairs of another language."""
     Path("a.txt").write_text("Die Hunde laufen über die Straße.\n狗在跑。🐕🐕\n" * 2000)
     write_pairs("long/a.jsonl", *AB, ("A " * 99, "B"))      # too long for 64 positions
+    write_pairs("longer/a.jsonl", ("A " * 99, "B"))
     told = invoke("train --text a.txt --vocab-size 400 --steps 2 --pairs long -o 0")
     assert "1 of 2 pairs are left out" in told.stderr and "mean of 1" in told.stdout
+    assert "expected pairs that the model can" in error("eval-blimp -m 0 -d longer")
     assert "\npairs     none" in invoke("train --text a.txt --dry-run").stdout
     Path("own.tsv").write_text("sentence_bad\tsentence_good\nHunde läuft.\tHunde laufen.\n"
                                '"Nein\t"Nein", sagt er.\n')
@@ -1514,14 +1508,13 @@ def test_a_run_folder_is_never_overwritten_unasked(here):
 
 def test_teachers_that_cannot_teach(here, saved):
     """Of another tokenizer, be it by its normalizer or prefix token alone."""
-    folder = here / "tokenizer"
     whole, other = c.read_json(saved / "tokenizer.json"), c.train_tokenizer(["a dog"] * 9, 300)
     flags = "--objective rkl --teacher model --tokenizer tokenizer --context 16 --pairs none"
     for tokenizer, prefix, code in (
             (whole, "</s>", 1), (whole | {"normalizer": {"type": "NFC"}}, "<s>", 1),
             (json.loads(other.to_str()), "<s>", 1), (whole, "<s>", 0)):
-        c.write_json(folder / "tokenizer.json", tokenizer)
-        c.write_json(folder / "tokenizer_config.json", {"bos_token": prefix})
+        c.write_json(here / "tokenizer/tokenizer.json", tokenizer)
+        c.write_json(here / "tokenizer/tokenizer_config.json", {"bos_token": prefix})
         assert ("has another vocabulary" in train("out/run", flags, code).stderr) == code
 
 def test_a_damaged_or_unknown_model_is_one_sentence(saved):
@@ -1560,6 +1553,7 @@ def test_bad_pairs_name_file_and_line(saved):
     """And do not show the line: EWoK's text is not to be spread."""
     ewok = [("x", "secret", "secret b", "secret c", "secret d")]
     write_pairs("e/a.jsonl", *ewok)
+    os.mkfifo("e/b.jsonl")                              # which is passed over
     told, (kept,) = invoke("eval-blimp -m model --suite ewok -d e").output, saved.glob("ewok-*")
     assert "secret" not in told + kept.read_text()
     for good, bad in (*((AB, ("secret", *bad)) for bad in ([], [3], ["\ud83d"], [" "])),
@@ -1567,7 +1561,6 @@ def test_bad_pairs_name_file_and_line(saved):
         write_pairs("p/b.jsonl", *good, bad)
         told = error("eval-blimp -m model -d p")
         assert "p/b.jsonl, line 2: expected strings" in told and "secret" not in told
-    os.mkfifo("p/a.jsonl")
 
 NUMBERS = "0 -1 1 3 64 257 65536 2147483647 2147483648 100000000000000000000 1e400 -1e-400 NaN 0.5 "
 NUMBERS = (NUMBERS + 'true null "x" [] {} ' + "[" * 2000).encode().split()
@@ -2408,17 +2401,11 @@ def test_a_recorded_step_runs_on_what_lies_in_its_place(monkeypatch):
             replayed.append(self)
             for group in self.groups:
                 group["lr"] = self.lr.item()
-            self.row.copy_(TRAIN_STEP(*self.args))
-
-    @contextlib.contextmanager
-    def recording(graph):
-        monkeypatch.setattr(c, "train_step", graph.record)
-        yield
-        monkeypatch.setattr(c, "train_step", TRAIN_STEP)
+            self.row.copy_(c.train_step(*self.args))
 
     replayed, plain = [], steps_by(c.train_step, "cpu")
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "graph", lambda to: patch.object(c, "train_step", to.record))
     assert (off(plain, steps_by(c.RecordedStep(), "cpu"), 1) < 1e-5).all()
     assert len(replayed) == 36 and len({*replayed}) == 2        # two of 20 steps compile, twice
 
