@@ -297,21 +297,18 @@ def test_text_is_sorted_and_what_is_held_out_is_not_read_twice(tmp_path):
 
 @mark.parametrize("offset", [False, True])
 def test_an_epoch_reads_every_row_once(offset):
+    """And a batch depends on seed and step alone."""
     s, ids = settings(random_offset=offset), np.arange(16 * 51, dtype=np.uint16)
-    rows = c.count_rows(len(ids), s)
-    order = c.row_starts(rows, s, 0)
-    starts = torch.cat([c.batch_at(step, ids, s)[0][:, 0] for step in range(6)]).numpy()
-    assert (starts == order[:48]).all() and len({*starts // 16}) >= 0.6 * 48
-    assert max(order) + 17 <= len(ids) and (offset or sorted(order) == [*range(0, 800, 16)])
-    assert (c.row_starts(rows, s, 1) != order).any()
-
-def test_a_batch_depends_on_seed_and_step_alone():
-    ids, s = np.arange(5000, dtype=np.uint16), settings()
-    wanted = inputs, targets = c.batch_at(70, ids, s)
-    c.batch_at(3, ids, s)
-    assert all(map(torch.equal, c.batch_at(70, ids, s), wanted)) and inputs.shape == (8, 16)
-    assert torch.equal(inputs + 1, targets)
-    assert not torch.equal(c.batch_at(70, ids, settings(seed=1))[0], inputs)
+    inputs, targets = map(torch.cat, zip(*(c.batch_at(step, ids, s) for step in range(12))))
+    starts = inputs[:, 0].view(2, 48).numpy()           # of two epochs
+    orders = np.stack([c.row_starts(c.count_rows(len(ids), s), s, epoch) for epoch in (0, 1)])
+    assert (starts == orders[:, :48]).all() and (orders[0] != orders[1]).any()
+    assert len({*starts[0] // 16}) >= 0.6 * 48 and orders.max() + 17 <= len(ids)
+    assert offset or sorted(orders[0]) == [*range(0, 800, 16)]
+    assert torch.equal(inputs + 1, targets) and inputs.shape == (96, 16)
+    for seed in (0, 1):
+        again = c.batch_at(9, ids, dataclasses.replace(s, seed=seed))[0]
+        assert torch.equal(again, inputs[72:80]) == (seed == 0)
     T, start, *shown = numbers(c.windows.__doc__.split("...,")[1].split(" An ")[0])
     assert torch.cat(c.windows(ids, np.array([start]), T), 1).tolist() == [shown]
 
