@@ -325,10 +325,10 @@ def test_a_position_sees_those_before_it_from_a_cache_or_not(kind):
     before, after = m.hidden(ids), m.hidden(ids + (torch.arange(16) > 8))
     assert alike(before[:, :9], after[:, :9], 1e-6) and not alike(before[:, 9:], after[:, 9:], 1e-3)
     parts = []
-    for part in (range(5), range(5, 6), range(6, 8), *([i] for i in range(8, 16))):
-        row = torch.tensor(part)
-        sees = torch.arange(row[-1] + 1) <= row[:, None]
-        tree = c.Tree(row.expand(3, -1), sees.expand(3, 1, -1, -1))
+    for start, end in itertools.pairwise((0, 5, 6, 8, *range(9, 17))):
+        row = torch.arange(start, end)
+        sees = torch.arange(end) <= row[:, None]
+        tree = c.Tree(row[None], sees[None, None])
         parts.append(m.hidden(ids[:, row], cache, tree))
     assert alike(torch.cat(parts, 1), before, 1e-5)
 
@@ -355,7 +355,7 @@ def test_the_papers_sizes():
 def test_initial_weights_by_role(kind):
     """A projection back into GPT-2's residual stream is smaller. A step changes every parameter."""
     before = torch.get_rng_state()
-    m, again = (c.new_model(settings(width=128, inner=256, layers=3, **kind), 500, 7) for _ in "ab")
+    m, again = (model(500, 7, width=128, inner=256, layers=3, **kind) for _ in "ab")
     assert torch.equal(torch.get_rng_state(), before), "the global stream was drawn on"
     assert all(map(torch.equal, m.parameters(), again.parameters()))
     step_of(again)
@@ -593,8 +593,8 @@ def test_batchmean_is_pytorchs_and_babyllamas():
 
 def test_what_gets_a_gradient():
     """Only what asks for one; a tied head both of its own; and nothing where all is ignored."""
-    hidden, head, targets, *teacher = loss_inputs()
-    _, *both, _ = fused((hidden, head, targets, *teacher))
+    hidden, head, targets, *teacher = inputs = loss_inputs()
+    _, *both, _ = fused(inputs)
     for i, pair in enumerate([(hidden, head.detach()), (hidden.detach(), head)]):
         alone, _ = c.FusedLoss.apply(*pair, targets, *teacher, settings(chunk=8), 1.0)
         assert torch.equal(torch.autograd.grad(alone, pair[i])[0], both[i])
@@ -1278,10 +1278,10 @@ def test_writing_on_reads_no_id_twice_and_lets_rows_go_that_end(kind):
         assert torch.allclose(drawn.bincount(minlength=6) / 4000, p, atol=0.032)    # 4 errors
     given, rows = [row[i:] for i, row in enumerate(ids.tolist())], []
     for start in given:
-        row = torch.tensor([start])
+        row = [*start]
         for _ in range(20):
-            row = torch.cat([row, logits(m, row)[:, -1:].argmax(-1)], 1)
-        rows.append(row[0, len(start):].tolist())
+            row.append(logits(m, torch.tensor([row]))[0, -1].argmax().item())
+        rows.append(row[len(start):])
     m.hidden, end = Mock(wraps=m.hidden), rows[0][7]
     found = c.write_on(m, given, [end], 20, None, 0)
     assert found == [row[:(row + [end]).index(end)] for row in rows]
