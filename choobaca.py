@@ -454,6 +454,7 @@ DIVERGENCES = {
     "fkl": [lambda log_q, log_p, _: kl(log_p, log_q)],
     "rkl": [lambda log_q, log_p, _: kl(log_q, log_p)],
     "fkl+rkl": [both_ways, "fkl_weight"],
+    "alternate": [both_ways, "fkl_weight"],         # fit sets the weight to 1, 0, 1, 0, ... by step
     "akl": [adaptive, "mu"],
     "akl-r": [functools.partial(adaptive, swapped=True), "mu"],
     "skl": [lambda log_q, log_p, _, skew: kl(log_p, mixture(log_p, log_q, skew)), "skew"],
@@ -528,7 +529,7 @@ def adaptive_kl(q, p, r, c, mu):
     return forward_and_reverse_kl(q, p, r, c, likely_share(q, p, mu))
 
 CLOSED_FORMS = {"fkl": forward_kl, "rkl": reverse_kl, "fkl+rkl": forward_and_reverse_kl,
-                "akl": adaptive_kl}
+                "alternate": forward_and_reverse_kl, "akl": adaptive_kl}
 
 # 5. The fused loss -----------------------------------------------------------
 #
@@ -1639,13 +1640,13 @@ class RecordedStep:
     """Record train_step as a CUDA graph, for one launch: a thousand take longer than the work."""
 
     calls = 0
-    beta = None
+    last = None                     # settings and beta of the last step
 
     def __call__(self, model, optimizer, coach, inputs, targets, settings, beta, *rest):
         groups = optimizer.param_groups
         batch, lr = torch.stack([inputs, targets]), groups[0]["lr"]
-        self.calls = self.calls + 1 if beta == self.beta else 1
-        self.beta = beta
+        self.calls = self.calls + 1 if (settings, beta) == self.last else 1
+        self.last = settings, beta
         if self.calls < 3:                      # the first ones compile, and set up the optimizer
             return train_step(model, optimizer, coach, *batch, settings, beta, *rest)
         if self.calls == 3:                     # what a graph reads and writes stays in its place
@@ -1716,6 +1717,8 @@ def fit(run, corpus, device, log, resume):
                 batch = [ids.pin_memory().to(device, non_blocking=True) for ids in batch]
             seed = (settings.seed * 2**32 + step) * size + rank                         # dropout
             torch.manual_seed(seed % 2**63)
+            if settings.objective == "alternate":
+                settings = replace(settings, fkl_weight=1.0 - step % 2)
             row = step_by(model, optimizer, coach, *batch, settings, beta, dtype, scaler)
             row = row.to("cpu", non_blocking=True)
             done = torch.cuda.current_stream().record_event() if device == "cuda" else None
@@ -2063,7 +2066,7 @@ def plan_runs(out, folders, settings, described, corpus):
 
 def idle_flags(settings, flags, described):
     """Return the flags that have no effect on this run, of which these teachers are trained."""
-    constants = DIVERGENCES.get(settings.objective, [])[1:]
+    constants = (DIVERGENCES | {"alternate": []}).get(settings.objective, [])[1:]
     idle = settings_between("temperature" if settings.objective == "ce" else "fkl_weight", "gamma")
     idle += ["vocab_size"] * bool(settings.tokenizer) + ["teacher_steps"] * (not described)
     idle += ["tokenizer", *settings_between("model_type", "dropout")] if settings.init else []

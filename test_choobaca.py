@@ -435,6 +435,7 @@ def literal_ab(q, p, _, s):
 LITERAL = {
     "fkl": lambda q, p, t, s: literal_kl(p, q), "rkl": lambda q, p, t, s: literal_kl(q, p),
     "fkl+rkl": lambda q, p, t, s: literal_both(q, p, s.fkl_weight),
+    "alternate": lambda q, p, t, s: literal_both(q, p, s.fkl_weight),
     "akl": lambda q, p, t, s: literal_both(q, p, literal_share(q, p, s.mu)),
     "akl-r": lambda q, p, t, s: literal_both(q, p, 1 - literal_share(q, p, s.mu)),
     "skl": lambda q, p, t, s: literal_kl(p, literal_mixture(q, p, s.skew)),
@@ -505,6 +506,12 @@ def test_neither_level_nor_size_costs_a_digit(name):
     z, w = randn(2, 8, 16_000).float()
     for scale in (0.01, 8.0):
         assert near(name, scale * z, 0.08 / scale * w, some_ids(8, 1, V=16_000))
+
+def test_alternate_is_forward_then_reverse(here, monkeypatch):
+    weights, plain = [], c.train_step
+    monkeypatch.setattr(c, "train_step", lambda *a: weights.append(a[5].fkl_weight) or plain(*a))
+    train("r/a", "--teachers 1 --steps 3 --objective alternate")
+    assert weights[-3:] == [1, 0, 1]
 
 @mark.parametrize("tau", [0.5, 30.0])
 def test_no_temperature_breaks_the_loss(tau):

@@ -209,6 +209,7 @@ def read_run(folder: Path) -> tuple[dict[str, str], list[dict]]:
         run = c.read_json(record)
         settings = {**vars(c.Settings()), **run["settings"]}
         constants = c.DIVERGENCES.get(settings["objective"], [])[1:]
+        constants = constants if settings["objective"] != "alternate" else []
         cells["objective"] = c.describe_loss(SimpleNamespace(**settings)).removeprefix("loss ")
         cells["objective"] += "".join(f", {name} {settings[name]:g}" for name in constants)
         teachers = [Path(str(teacher)).name for teacher in run["teachers"]]
@@ -573,7 +574,9 @@ def fit_distribution(p: Tensor, objective: str, start: Tensor, to_logits, epochs
         stepper = torch.optim.SGD([theta], lr=1.0)
 
     path = []
-    for _ in range(epochs + 1):
+    for epoch in range(epochs + 1):
+        if objective == "alternate":
+            constants = [1.0 - epoch % 2]
         # by_autograd goes from the divergence to the logits, backward from there to theta
         u = to_logits(theta)
         path.append(u.detach().softmax(-1))
