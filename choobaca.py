@@ -1515,9 +1515,9 @@ def need_same(run, record, resumed):
         for name in names:
             with reading(path):
                 old, new = before[group].get(name), record[group][name]
-            known = "" if group == "digests" else f" ({old or 'none'})"
-            need(old == new, f"{name.replace('_', '-')} has changed since {run.out} was begun"
-                 f"{known}: go back to that, or choose an --out in another folder.")
+            shown = old if group != "digests" else getattr(run.settings, name, "a teacher's")
+            need(old == new, f"{name.replace('_', '-')} has changed since {run.out} was begun "
+                 f"({shown or 'none'}): go back to that, or choose an --out in another folder.")
 
 def describe_loss(settings):
     if settings.objective not in DIVERGENCES:
