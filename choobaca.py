@@ -1594,7 +1594,7 @@ def load_state(path, progress, parts):
 
 def begin_run(run, record, steps, log, resume, parts):
     """Clear a run's folder of an earlier run, or load its checkpoint. Return the progress."""
-    progress = {"step": 0, "seconds": 0.0, "logged": 0, "least": math.inf}  # logged: bytes of log
+    progress = {"step": 0, "seconds": 0.0, "log": "", "least": math.inf}
     state = run.out / "state.pt"
     if resume and (state.exists() or [*run.out.glob("chck_*")]):
         need_same(run, record, resumed=True)
@@ -1604,9 +1604,8 @@ def begin_run(run, record, steps, log, resume, parts):
              f"{state} is damaged: it is of step {progress['step']} of {steps}.")
     if rank_and_size()[0]:
         return progress
-    need(os.path.getsize(log.name) >= progress["logged"], f"{log.name} is shorter than at the last "
-         "checkpoint: put it back, or begin again with --overwrite.")
-    log.truncate(progress["logged"])
+    log.truncate(0)
+    log.write(progress["log"])              # as it was then, whatever became of the file
     for path in run.out.rglob(".choobaca-[0-9]*-*"):        # of a killed process
         path.unlink()
     if not progress["step"]:
@@ -1748,8 +1747,8 @@ def fit(run, corpus, device, log, resume):
                     save_model(run.out / name, model, corpus.vocabulary)
             if due and not last and rank == 0:      # every few minutes, and before we obey a signal
                 log.flush()
-                os.fsync(log.fileno())
-                progress |= {"step": taken, "seconds": seconds, "logged": log.tell()}
+                text = Path(log.name).read_text(errors="replace")
+                progress |= {"step": taken, "seconds": seconds, "log": text}
                 save_state(run.out / "state.pt", progress, parts)
                 saved = time.monotonic()
             if number:

@@ -1178,7 +1178,9 @@ def test_a_signal_ends_a_run_after_the_step_and_resume_goes_on(here, monkeypatch
         for name in ("log.jsonl", ".choobaca-123-run.json"):
             Path("part/x", name).touch()
     assert "or --resume to go on" in untrained("part/x")
-    assert len(steps_of("part/x")) == 2 and "mean of 20" in train("part/x", "--resume").stdout
+    assert len(steps_of("part/x")) == 2
+    Path("part/x/log.jsonl").write_text("garbage")          # the checkpoint has the lines
+    assert "mean of 20" in train("part/x", "--resume").stdout
     train("whole/x")
     same_runs("whole/x", "part/x")
     assert {*os.listdir("whole/x")} == {*os.listdir("part/x")}
@@ -1214,8 +1216,6 @@ def test_what_is_no_checkpoint_of_this_run_is_refused(here, monkeypatch):
     pickle.loads(harm)
     assert os.path.exists("done")                       # and this is what it would have done
     path.write_bytes(whole)
-    Path("x/log.jsonl").write_text("")
-    assert "log.jsonl is shorter than at" in untrained("x", again)
     machine = c.read_json(Path("x/run.json"))["machine"]
     edit(Path("x/run.json"), machine=machine | {"device": "H200"})
     assert "device has changed" in untrained("x", again)
@@ -1586,7 +1586,7 @@ def test_no_mutated_file_gets_through_or_brings_it_down(here, saved, vocabulary)
     step_of(m)
     parts = {"model": m, "optimizer": c.make_optimizer(m, settings())}
     c.write_json(here / "run.json", {})
-    c.save_state(here / "state.pt", {"step": 3, "seconds": 1.0, "logged": 9, "least": 2.0}, parts)
+    c.save_state(here / "state.pt", {"step": 3, "seconds": 1.0, "log": "x", "least": 2.0}, parts)
 
     def read_model(path):
         c.load_model(saved, "cpu")
