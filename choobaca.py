@@ -1334,7 +1334,10 @@ def from_hf_config(path):
     for name, (key, missing) in HF_KEYS[kind].items():
         if key == "n_inner":
             missing = 4 * values["width"]
-        values[name] = checked(KNOWN[name], raw.get(key, missing), f"{path}: {key}")
+        found = raw.get(key, missing)
+        other, _ = HF_KEYS["llama"].get(name, (key, missing))   # transformers reads it for GPT-2, too
+        need(raw.get(other, found) == found, f"{path}: {key} is {found!r}, {other} another.")
+        values[name] = checked(KNOWN[name], found, f"{path}: {key}")
     config = Settings(**values)
     V, D = raw.get("vocab_size"), config.width // config.heads
     need(type(V) is int and 0 < V < 2**24, f"{path}: vocab_size is {V!r}: expected a size.")

@@ -856,6 +856,9 @@ def test_what_other_programs_write_is_read(tmp_path, vocabulary):
     c.write_safetensors(path, part | {"wte.weight": torch.ones_like(m.head)})
     with raises(click.ClickException, match="ties head and embedding"):
         c.load_model(tmp_path, "cpu")
+    edit(tmp_path / "config.json", num_attention_heads=7)       # transformers' name for n_head
+    with raises(click.ClickException, match="n_head is 2, num_attention_heads another"):
+        c.load_model(tmp_path, "cpu")
 
 LLAMA = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48)
 @mark.parametrize("sizes", [
