@@ -39,6 +39,7 @@ if sys.version_info < (3, 11):
 import contextlib
 import copy
 import csv
+import difflib
 import functools
 import hashlib
 import itertools
@@ -1973,11 +1974,16 @@ def settings_flags(command):
         command = option(flag, field.name, default=None, type=kind, help=text)(command)
     return command
 
+ELSEWHERE = {"learning_rate": "lr", "hidden_size": "width", "block_size": "context"}
+
 def check_keys(table, allowed, source, folder):
     """Return the settings in a table, checked; paths are taken from the file's folder."""
     values = {}
     for key, value in table.items():
-        need(key in allowed, f"{source}{key!r} is no key here: train --help lists the settings.")
+        near = difflib.get_close_matches(ELSEWHERE.get(key, key), allowed, 1)
+        hint = f", such as {near[0]}" if near else ""
+        need(key in allowed,
+             f"{source}{key!r} is no key here: train --help lists the settings{hint}.")
         shown = key.replace("_", "-") if source == "--" else key
         values[key] = checked(KNOWN[key], value, source + shown)
         if key in PATHS and value not in ("", "none"):
