@@ -1137,6 +1137,10 @@ def save_tokenizer(folder, tokenizer):
     write_json(folder / "tokenizer_config.json", facts | specials)
     write_file(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
 
+@functools.cache
+def say_once(text):
+    echo(text, err=True)
+
 def load_vocabulary(path):
     """Load the vocabulary of a tokenizer.json, or of a folder that has one."""
     path = path / "tokenizer.json" if path.is_dir() else path
@@ -1167,6 +1171,9 @@ def load_vocabulary(path):
     need("bos_token" in roles or re.match("(None)*(PreTrained|Tokenizers|GPT|Llama|$)", kind, re.I),
          f"{path}: {kind.split('None')[0]} may have a prefix token of its own: expected a "
          "bos_token in the tokenizer_config.json beside it.")
+    name = str(roles.get("tokenizer_class", "PreTrained"))
+    if not name.startswith(("PreTrained", "Tokenizers")):
+        say_once(f"{path}: transformers 5 builds a {name} anew, and may split texts otherwise.")
     tokens = [roles.get(key, missing) for key in ("bos_token", "eos_token")]
     tokens += [*named, "<|endoftext|>", "<s>"]
     with reading(path):

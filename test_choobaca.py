@@ -815,7 +815,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         file.write(b"AAA")
     assert path.read_text() == "AAAAAA" and list(tmp_path.iterdir()) == [path]
 
-def test_what_other_programs_write_is_read(tmp_path, vocabulary):
+def test_what_other_programs_write_is_read(tmp_path, vocabulary, capsys):
     """GPT-2 as on the hub, and in shards: bf16, old names, masks of any dtype, a special token
     behind V; and the prefix token as one of two files names it, or the class, or none."""
     m = written_model(tmp_path, vocabulary, model_type="gpt2", tied=True)
@@ -825,6 +825,7 @@ def test_what_other_programs_write_is_read(tmp_path, vocabulary):
                                 ("special_tokens_map", '{"bos_token": "<pad>"}', 0)):
         Path(tmp_path, f"{name}.json").write_text(roles)
         assert c.load_vocabulary(tmp_path).prefix_id == wanted
+    assert capsys.readouterr().err.count("builds a LlamaTokenizer anew") == 1
     os.remove(tmp_path / "special_tokens_map.json")
     for name, wanted in (("Qwen2", "Qwen2Tokenizer may have a"), ("GPT2", "no token '<.end"),
                          ("Llama", "")):
