@@ -1445,7 +1445,8 @@ def test_the_shipped_configs():
 
 BAD = {                         # the command and its exit code: what the user did, what is said
     ("train -o out -c bad.toml", 1): {
-        "betta = 1": "settings, such as beta.", "learning_rate = 1": "such as lr.", "lr =": "bad.toml",
+        "betta = 1": "settings, such as beta.", "learning_rate = 1": "such as lr.",
+        "lr =": "bad.toml",
         "layers = true": "layers is True: exp", "lr = nan": "lr is nan",
         'base = "no"': "no: No such file", 'base = "bad.toml"': "recursion",
         "[[teacher]]\ntext = ''": "teacher 1: 'text' is no", f"lr = 1{'0' * 400}": "lr is 10",
