@@ -1343,7 +1343,7 @@ def from_hf_config(path):
         if key == "n_inner":
             missing = 4 * values["width"]
         found = raw.get(key, missing)
-        other, _ = HF_KEYS["llama"].get(name, (key, missing))   # transformers reads it for GPT-2, too
+        other, _ = HF_KEYS["llama"].get(name, (key, missing))   # GPT-2 may have it, too
         need(raw.get(other, found) == found, f"{path}: {key} is {found!r}, {other} another.")
         values[name] = checked(KNOWN[name], found, f"{path}: {key}")
     config = Settings(**values)
