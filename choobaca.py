@@ -88,7 +88,7 @@ def setting(default, help, choices=(), low=0, high=2**31 - 1, path=False):
 # so 1 for dog and 0 for the others. A teacher says more: dog .50, cat .40, car .09, of .01. "Cat"
 # is nearly as good as "dog", "of" next to impossible: the text does not say that, the teacher does.
 # Distillation trains the student on these numbers, so the two must share a vocabulary. We have to
-# choose a distance between two lists of probabilities, the teacher's p and the student's q:
+# choose a divergence: a measure of how far the student's distribution q is from the teacher's p.
 #
 #     forward KL  sum p log(p / q)   weighs by the teacher: do not miss what the teacher says
 #     reverse KL  sum q log(q / p)   weighs by the student: do not say what the teacher does not
@@ -106,10 +106,10 @@ def plain_loss(z, w, targets, tau, alpha):
     """Return the loss that is the whole lesson, summed over N tokens (the paper's Eq. 9).
 
     z, w (N, V) are the student's and the teacher's logits, targets (N,) the tokens that came. The
-    loss asks for the token that came, and for the teacher's probabilities of all V tokens.
+    loss asks for these, weighted by alpha, and for the teacher's distribution, by 1 - alpha.
 
     We cannot afford it: up to 8 arrays (N, V) at once. FusedLoss in section 5 does without them."""
-    ce = F.cross_entropy(z, targets, reduction="sum")           # KL(text, student): 1 at target
+    ce = F.cross_entropy(z, targets, reduction="sum")           # forward KL, from p = 1 at target
     log_q = F.log_softmax(z / tau, -1)                          # what the student expects
     log_p = F.log_softmax(w / tau, -1)                          # what the teacher expects
     divergence = (log_q.exp() * (log_q - log_p)).sum()          # reverse KL, over V and over N
@@ -132,7 +132,7 @@ def distil_in_short(student, teacher, batches, tau=2.0, alpha=0.5, lr=4e-3):
 # lines of text  ->  ids (tokens,)  ->  inputs (B, T) and targets (B, T) of a step
 #
 # A model predicts each token from those before it; a line's first follows a prefix token, <s>.
-# Rows are cut anywhere, so most begin in mid-line, and attention looks back across lines.
+# Joined lines are cut into rows of T ids: most begin in mid-line, and attention crosses lines.
 
 class Vocabulary(NamedTuple):
     """A tokenizer and the files that belong to it."""
@@ -174,7 +174,7 @@ def encode(vocabulary, lines, prefix):
     <- differs (1): BabyLlama's is "none". It trains without <s> and without a space before a line's
     first word, but scores sentences after <s> and a space, which the model has never seen."""
     tokenizer = vocabulary.tokenizer
-    space, before, after = " ", [vocabulary.prefix_id], []          # for tokenizers that add none
+    space, before, after = " ", [vocabulary.prefix_id], []      # a space: some tokenizers add none
     if prefix == "none":            # [-1:]: the line break without the space put before it
         space, before, after = "", [], tokenizer.encode("\n", add_special_tokens=False).ids[-1:]
         text = tokenizer.to_str().replace('"add_prefix_space":true', '"add_prefix_space":false')
@@ -330,7 +330,7 @@ class Llama(nn.Module):
 
     @property
     def head(self):
-        """(V, C): the logits are hidden states times its transpose."""
+        """(V, C), a matrix of its own or, if tied, the embedding's"""
         return (self.lm_head or self.embed_tokens).weight
 
     def hidden(self, ids, cache=None, tree=None):
@@ -349,13 +349,12 @@ class Llama(nn.Module):
 
 # 4. Divergences --------------------------------------------------------------
 #
-# u, v (n, V): student's and teacher's logits / tau; q, k, v are no longer attention's
-#   ->  the divergence f of each row, and its gradient with respect to u (n, V)
+# u, v (n, V)  ->  the divergence f of each row, and its gradient with respect to u (n, V)
 #
 #     z, w   logits of student and teacher          q, p   softmax(u) and softmax(v)
 #     u, v   z / tau and w / tau                    r      log q - log p            k   df/dq
 #
-# Every gradient comes from one line. For any f(q), with q = softmax(u) and k = df/dq,
+# Every gradient comes from one line, for any f(q) (q, k and v are no longer attention's):
 #
 #     df/du_j = sum_i k_i dq_i/du_j = sum_i k_i q_i ([i = j] - q_j) = q_j (k_j - sum_i q_i k_i)
 #
@@ -375,7 +374,7 @@ class Llama(nn.Module):
 #     reverse KL  .669, q (r - KL)  -.091   -.044   -.029    .163    most: lower "of"
 #
 # Forward KL repairs what the student misses, reverse KL what it invents. ("dog" is too likely, but
-# its r is below the KL, so it rises.) In time both reach q = p if they can; but its factor q keeps
+# its r is below the KL, so it rises.) In time both reach q = p if they can; but the factor q keeps
 # reverse KL from reviving what the student has dropped (-.001 at p .4, q .0001; forward KL -.4).
 
 def kl(log_a, log_b):
@@ -392,8 +391,8 @@ def likely_share(q, p, mu):
     The likely tokens are the fewest whose p sums to at least mu, as in top-p sampling; what ties
     with the last of them is likely as well. The AKL paper calls them its "head" (Eqs. 11 to 14);
     in its released code the token that reaches mu is unlikely, unless it is the likeliest."""
-    # Sort, rising. Tokens under (1 - mu) / V hold under 1 - mu in all, the rest over mu: none of
-    # them is likely. Raised to that bound, as equals, they sort fast. On a CPU NumPy sorts faster.
+    # Sort, rising. Tokens under (1 - mu) / V are not likely: in all they hold under 1 - mu, so the
+    # others reach mu. Raised to that bound, as equals, they sort fast. On a CPU NumPy sorts faster.
     V = p.shape[1]
     rising = p.clamp(min=(1 - mu) / V)
     if p.is_cuda:
@@ -414,10 +413,11 @@ def both_ways(log_q, log_p, _, weight):
     return weight * kl(log_p, log_q) + (1 - weight) * kl(log_q, log_p)
 
 def adaptive(log_q, log_p, targets, mu, swapped=False):
-    """Weigh forward KL by likely_share, held constant (AKL paper, Eq. 15; swapped, Eq. 16)."""
+    """Weigh forward KL by likely_share, held constant, and reverse KL by the rest (AKL paper, Eq.
+    15; swapped, Eq. 16): there forward KL fits likely tokens first, reverse KL the unlikely."""
     q = log_q.detach().exp()
     p = log_p.exp()
-    share = likely_share(q, p, mu)[:, 0]        # AKL paper: forward KL fits likely tokens first
+    share = likely_share(q, p, mu)[:, 0]
     return both_ways(log_q, log_p, targets, 1 - share if swapped else share)
 
 def jensen_shannon(log_q, log_p, _, share):
@@ -480,14 +480,14 @@ def by_autograd(definition, u, v, targets, *constants):
 # Now the fast way: four of them with their gradients written out, in place and in fp32.
 
 def to_probabilities(u, v):
-    """Return q, p, r (n, V) and c (n, 1), where log q - log p = r + c. v is overwritten; rows of u
-    and v must have 0 as maximum. r is at most 87 (exp(-87) is near fp32's least normal number):
-    a token that the teacher rules out costs reverse KL much, not infinitely much."""
+    """Return q, p, r (n, V) and c (n, 1): from here on, r lacks c, and log q - log p is r + c. v is
+    overwritten; rows of u and v must have 0 as maximum. r is at most 87 (exp(-87) is near fp32's
+    least normal number): what the teacher rules out costs reverse KL much, not infinitely much."""
     r = (u - v).clamp_(max=-math.log(torch.finfo(u.dtype).tiny))
     q = u.exp()
     q_scale = 1 / q.sum(-1, True)
     p_scale = 1 / v.exp_().sum(-1, True)
-    # log q - log p = u - v + log(sum exp v / sum exp u): no gradient needs the last term
+    # log q - log p = u - v + log(sum exp v / sum exp u): no gradient needs the last term, c
     c = (q_scale.double() / p_scale).log_()
     return q.mul_(q_scale), v.mul_(p_scale), r, c
 
@@ -537,8 +537,8 @@ CLOSED_FORMS = {"fkl": forward_kl, "rkl": reverse_kl, "fkl+rkl": forward_and_rev
 # student hidden (N, C), head (V, C), teacher hidden (N, C'), head (V, C'), targets (N,)
 #   ->  loss, cross-entropy and tau^2 divergence, summed over the N tokens
 #
-# The forward pass takes n rows at a time: it makes both models' logits, turns them into the
-# gradient, multiplies that by head and by h, and reuses the memory. Backward only scales.
+# Forward makes both models' logits for n rows at a time, overwrites them with d_z, the loss's
+# gradient with respect to z, and multiplies that back at once: only d_hidden and d_head are kept.
 #
 #   hidden (N, C)         head (V, C)       plain_loss, 4,096 x 16,000: 8 arrays of 262 MB at once
 #      | n rows              |              FusedLoss (rkl), 14 chunks of 293 rows: 2 or 3 of 19 MB
@@ -573,11 +573,11 @@ def gradient_of_logits(z, w, targets, tau, alpha):
 def divergence_(settings, beta, u, v, targets):
     """Return the objective's divergence (n, 1) and its gradient with respect to u (n, V).
 
-    u's rows must have maximum 0; v is overwritten. <- differs (4): no gradient goes through the
-    student's part of the mixture. log q - log p is beta (z - w) / tau + a number that drops out, so
-    reverse KL's gradient q (r - KL) is beta times the unmixed one: "mixing outputs" is a weight,
-    Eq. 3 its schedule. The value, quadratic in r near q = p, is about beta^2 times: do not compare
-    `kl` of mixed and unmixed runs. Forward KL's q - p is beta times that only near q = p."""
+    u's rows must have maximum 0; v is overwritten. "Mixing outputs" (Eq. 2) makes v beta v + (1 -
+    beta) u; <- differs (4): that u gets no gradient. r is beta (z - w) / tau + a number that drops
+    out, so reverse KL's gradient q (r - KL) is beta times the unmixed one: beta is a weight, Eq. 3
+    its schedule. The value, quadratic in r near q = p, is about beta^2 times: do not compare `kl`
+    of mixed and unmixed runs. Forward KL's q - p is beta times the unmixed one only near q = p."""
     definition, *names = DIVERGENCES[settings.objective]
     constants = [getattr(settings, name) for name in names]
     if beta < 1:
@@ -622,7 +622,7 @@ CHUNK = {"cpu": 304, "cuda": 2048}      # rows of logits at once: more cost memo
 def compiled(function):
     """Compile a function: its elementwise operations are fused into one or two passes."""
     torch._dynamo.config.recompile_limit = 99   # anew for each beta: so not if each step has one
-    # each pass computes its exponentials again: to write and read them took longer
+    # let each pass compute its exponentials anew: writing and reading them took longer
     anew = {"realize_reads_threshold": 999, "realize_opcount_threshold": 999}
     return torch.compile(function, dynamic=False, options={"online_softmax": False, **anew})
 
@@ -749,7 +749,7 @@ def make_optimizer(model, settings):
 def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype, scaler):
     """Take one optimizer step on inputs and targets (B, T), or on this process's share of the rows.
     Returns (4,): loss, cross-entropy, tau^2 divergence, norm of the gradient. Each micro-batch's
-    loss is divided by the whole step's targets, so micro-batches, processes change only rounding.
+    loss is divided by the targets of the whole step, so how it is split changes only the rounding.
     In fp16 the scaler keeps gradients in range, and leaves out a step where that failed."""
     device = inputs.device.type
     rows = settings.micro_batch or len(inputs)
@@ -825,10 +825,10 @@ def encode_pairs(vocabulary, pairs, positions, rule="2024"):
 class Trie:
     """Texts with the same beginning, as one tree of ids: a row for the model, no beginning twice.
 
-    Nodes are in the order in which a sorted list of the texts reaches them, so the descendants of
-    node i are the nodes i + 1, ..., end[i] - 1. A node sees itself and what is above it. The last
-    id of a text is only predicted, so it needs no node. Three texts, "<s> A cat ran", "<s> A dog
-    barked" and "<s> A dog ran":
+    A node sees itself and what is above it, so its hidden state is that of its text alone. Nodes
+    are in the order in which the sorted texts reach them: the descendants of node i are the nodes
+    i + 1, ..., end[i] - 1. A text's last id is only predicted, so it needs no node. Three texts,
+    "<s> A cat ran", "<s> A dog barked" and "<s> A dog ran":
 
         node      0    1    2    3           sees   <s>  A   cat  dog
         id       <s>   A   cat  dog          <s>     x   .    .    .
@@ -898,7 +898,7 @@ def score_tries(model, tries):
     """Return the log-probability of each edge of each trie; all go through at once, a row each."""
     device = model.head.device
     pad = nn.utils.rnn.pad_sequence
-    # Pad the rows. Row i sees column j if node i is node j or a descendant of node j.
+    # Pad the tries. Node i sees node j if it is node j or a descendant of node j.
     ids, depth, end = (pad([torch.tensor(getattr(trie, name)) for trie in tries], True)
                        for name in ("ids", "depth", "end"))                             # (B, T)
     _, T = ids.shape
@@ -1647,7 +1647,7 @@ def locked_log(folder, wait, begun):    # begun: there was a run when this comma
         yield log
 
 class RecordedStep:
-    """Record train_step as a CUDA graph, for one launch: a thousand take longer than the work."""
+    """Record train_step as a CUDA graph: one launch, not a thousand, which would take longer."""
 
     calls = 0
     last = None                     # settings and beta of the last step
@@ -1707,15 +1707,14 @@ def fit(run, corpus, device, log, resume):
         if size == 1 and not scaler.is_enabled():       # the scaler looks at every gradient
             step_by = RecordedStep()
     progress = begin_run(run, describe_run(run, corpus, device), steps, log, resume, parts)
-    first = progress["step"]
-    bar = tqdm(total=steps, initial=first, desc=run.name, unit=" steps", disable=rank > 0)
+    bar = tqdm(None, run.name, steps, unit=" steps", disable=rank > 0, initial=progress["step"])
     started = time.perf_counter() - progress["seconds"]
     saved = time.monotonic()
     look_every = settings.eval_every or math.ceil(steps / 10)           # ten looks, or fewer
     late = []                                           # steps that are not in the log yet
     folders = checkpoint_steps(corpus, settings)
     with bar, signals_kept() as received:
-        for step in range(first, steps):    # each depends on its number, weights and optimizer
+        for step in range(progress["step"], steps):     # each needs number, weights, optimizer
             taken = step + 1                    # steps, with this one
             last = taken == steps
             lr = lr_at(step, steps, settings)
@@ -1723,26 +1722,27 @@ def fit(run, corpus, device, log, resume):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             batch = [ids.tensor_split(size)[rank] for ids in batch_at(step, corpus.train, settings)]
-            if device == "cuda":                # what is pinned is copied while the GPU works
+            if device == "cuda":                # from pinned memory: the GPU works on meanwhile
                 batch = [ids.pin_memory().to(device, non_blocking=True) for ids in batch]
             seed = (settings.seed * 2**32 + step) * size + rank                         # dropout
             torch.manual_seed(seed % 2**63)
-            if settings.objective == "alternate":
+            if settings.objective == "alternate":       # forward KL, reverse KL, forward KL, ...
                 settings = replace(settings, fkl_weight=1.0 - step % 2)
             row = step_by(model, optimizer, coach, *batch, settings, beta, dtype, scaler)
-            row = row.to("cpu", non_blocking=True)
-            done = torch.cuda.current_stream().record_event() if device == "cuda" else None
+            row = row.to("cpu", non_blocking=True)      # asked for, not waited for
+            copied = torch.cuda.current_stream().record_event() if device == "cuda" else None
             line = {"step": taken, "epoch": taken / per_epoch,
                     "words": round(words_read(taken, corpus, settings)), "lr": lr}
             line |= {"beta": beta} if coach else {}
-            late.append((line, row, done))              # to be logged a step late, if it can be
-            number = stop_signal(received, device)
-            due = number or time.monotonic() - saved > 60 * settings.save_minutes
+            late.append((line, row, copied))
+            stop = stop_signal(received, device)                # a signal's number, or 0
+            due = stop or time.monotonic() - saved > 60 * settings.save_minutes
             look = last or taken % look_every == 0      # at held-out text; changes nothing
-            while len(late) > (0 if look or due or taken in folders.values() else 1):
-                old_line, old_row, done = late.pop(0)
-                if done:
-                    done.synchronize()
+            now = device == "cpu" or look or due or taken in folders.values()
+            while len(late) > (0 if now else 1):        # a GPU is read when its next step has begun
+                old_line, old_row, copied = late.pop(0)
+                if copied:
+                    copied.synchronize()
                 seconds = time.perf_counter() - started
                 write_step(run, old_line | {"seconds": seconds}, old_row, scaler, log, bar)
             dev_loss = held_out_loss(model, corpus.dev, settings, dtype) if look else None
@@ -1762,17 +1762,17 @@ def fit(run, corpus, device, log, resume):
                 progress |= {"step": taken, "seconds": seconds, "log": text}
                 save_state(run.out / "state.pt", progress, parts)
                 saved = time.monotonic()
-            if number:
+            if stop:
                 break
         if rank == 0 and last:
             save_model(run.out, parts.get("best", model), corpus.vocabulary)
             (run.out / "state.pt").unlink(missing_ok=True)
-        number = stop_signal(received, device) or number        # all wait until rank 0 has written
-    if number and rank == 0:
+        stop = stop_signal(received, device) or stop            # all wait until rank 0 has written
+    if stop and rank == 0:
         echo(f"{run.name}: stopped after step {taken:,} of {steps:,}, which is kept. To "
              "go on: the same command with --resume.", err=True)
-    if number:
-        sys.exit(128 + number)
+    if stop:
+        sys.exit(128 + stop)
 
 # 13. Sampling ----------------------------------------------------------------
 
