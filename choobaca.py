@@ -1171,7 +1171,7 @@ def load_vocabulary(path):
     need("bos_token" in roles or re.match("(None)*(PreTrained|Tokenizers|GPT|Llama|$)", kind, re.I),
          f"{path}: {kind.split('None')[0]} may have a prefix token of its own: expected a "
          "bos_token in the tokenizer_config.json beside it.")
-    name = str(roles.get("tokenizer_class", "PreTrained"))
+    name = str(roles.get("tokenizer_class") or "PreTrained")
     if not name.startswith(("PreTrained", "Tokenizers")):
         say_once(f"{path}: transformers 5 builds a {name} anew, and may split texts otherwise.")
     tokens = [roles.get(key, missing) for key in ("bos_token", "eos_token")]
@@ -1342,9 +1342,9 @@ def from_hf_config(path):
     for name, (key, missing) in HF_KEYS[kind].items():
         if key == "n_inner":
             missing = 4 * values["width"]
-        found = raw.get(key, missing)
-        other, _ = HF_KEYS["llama"].get(name, (key, missing))   # GPT-2 may have it, too
-        need(raw.get(other, found) == found, f"{path}: {key} is {found!r}, {other} another.")
+        other = HF_KEYS["llama"][name][0] if key.startswith("n_") and key != "n_inner" else key
+        found = raw.get(key, raw.get(other, missing))       # GPT-2 in transformers has both names
+        need(raw.get(other, found) == found, f"{path}: {key} is {found!r}, {other} is not.")
         values[name] = checked(KNOWN[name], found, f"{path}: {key}")
     config = Settings(**values)
     V, D = raw.get("vocab_size"), config.width // config.heads
@@ -1526,7 +1526,7 @@ def need_same(run, record, resumed):
         for name in names:
             with reading(path):
                 old, new = before[group].get(name), record[group][name]
-            shown = old if group != "digests" else getattr(run.settings, name, "a teacher's")
+                shown = old if group != "digests" else before["settings"].get(name, "given ones")
             need(old == new, f"{name.replace('_', '-')} has changed since {run.out} was begun "
                  f"({shown or 'none'}): go back to that, or choose an --out in another folder.")
 
@@ -1633,7 +1633,8 @@ def locked_log(folder, wait, begun):    # begun: there was a run when this comma
     """Open a run's log, and keep other processes from training there; a crash ends the lock."""
     folder.mkdir(parents=True, exist_ok=True)
     rank, size = rank_and_size()
-    with open(os.devnull if rank else folder / "log.jsonl", "a") as log:        # rank 0 writes
+    path = os.devnull if rank else folder / "log.jsonl"             # rank 0 writes
+    with open(path, "a+", encoding="utf-8", errors="replace") as log:
         try:
             if os.name == "posix" and not rank:     # Windows has no such lock
                 import fcntl
@@ -1757,9 +1758,8 @@ def fit(run, corpus, device, log, resume):
                 if rank == 0 and at == taken:
                     save_model(run.out / name, model, corpus.vocabulary)
             if due and not last and rank == 0:      # every few minutes, and before we obey a signal
-                log.flush()
-                text = Path(log.name).read_text(errors="replace")
-                progress |= {"step": taken, "seconds": seconds, "log": text}
+                log.seek(0)                         # what is written goes to the end all the same
+                progress |= {"step": taken, "seconds": seconds, "log": log.read()}
                 save_state(run.out / "state.pt", progress, parts)
                 saved = time.monotonic()
             if stop:
@@ -1988,9 +1988,9 @@ def check_keys(table, allowed, source, folder):
     values = {}
     for key, value in table.items():
         near = difflib.get_close_matches(ELSEWHERE.get(key, key), allowed, 1)
-        hint = f", such as {near[0]}" if near else ""
+        hint = f" Did you mean {near[0]}?" if near else ""
         need(key in allowed,
-             f"{source}{key!r} is no key here: train --help lists the settings{hint}.")
+             f"{source}{key!r} is no key here: train --help lists the settings.{hint}")
         shown = key.replace("_", "-") if source == "--" else key
         values[key] = checked(KNOWN[key], value, source + shown)
         if key in PATHS and value not in ("", "none"):
@@ -2202,7 +2202,7 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
     out = out or Path("runs", name)
     names = {path.name for path in out.glob("*")}
     filled = [path for path in out.glob("[!.]*") if path.is_dir() or path.stat().st_size]
-    need({"run.json", "log.jsonl"} <= names or not filled and not out.is_file(),
+    need("run.json" in names and names & {"log.jsonl", "state.pt"} or not (filled or out.is_file()),
          f"{out} already holds files that are no run: choose another --out.")
     need(overwrite or resume or not names & {"model.safetensors", "run.json"}, f"{out} already "
          "holds a run: choose another --out, or --resume to go on, or add --overwrite.")
