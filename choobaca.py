@@ -42,6 +42,7 @@ import csv
 import difflib
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -1686,6 +1687,9 @@ def write_step(run, line, row, scaler, log, bar):
 def fit(run, corpus, device, log, resume):
     """Train a run: a log line a step and, at the end, the weights, to the same bytes if resumed."""
     settings = run.settings
+    if device == "cuda" and settings.compile and not importlib.util.find_spec("triton"):
+        say_once("Triton is not installed: nothing is compiled, so steps take longer.")
+        settings = replace(settings, compile=False)
     rank, size = rank_and_size()
     dtype = step_dtype(settings, device)
     steps, per_epoch = count_steps(len(corpus.train), settings)
@@ -1989,8 +1993,7 @@ def check_keys(table, allowed, source, folder):
     for key, value in table.items():
         near = difflib.get_close_matches(ELSEWHERE.get(key, key), allowed, 1)
         hint = f" Did you mean {near[0]}?" if near else ""
-        need(key in allowed,
-             f"{source}{key!r} is no key here: train --help lists the settings.{hint}")
+        need(key in allowed, f"{source}{key!r} is no key here (see train --help).{hint}")
         shown = key.replace("_", "-") if source == "--" else key
         values[key] = checked(KNOWN[key], value, source + shown)
         if key in PATHS and value not in ("", "none"):
@@ -2146,7 +2149,6 @@ class Cli(click.Group):
             need(not re.search("MemoryError|DefaultCPUAllocator", text), "out of memory: in "
                  "training, give a smaller --micro-batch (rows at once; 0 is all), which does the "
                  "job of activation checkpointing, or --chunk; else a smaller model or sample.")
-            need(not re.search("triton (inst|GPU)", text), "no working Triton: add --no-compile.")
             need(not re.search("gloo|nccl|device ordinal", text, re.I), "another process of this "
                  f"run has ended, or has no GPU ({text.splitlines()[0]}): start all of them again.")
             raise
@@ -2213,8 +2215,7 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
     join_processes(device)
     corpus = read_corpus(settings, out.resolve().parent)
     runs = plan_runs(out, folders, settings, described, corpus)
-    least = min(run.settings.positions for run in runs)
-    _, pairs = encode_pairs(corpus.vocabulary, pairs, least)        # those that all can score
+    _, pairs = encode_pairs(corpus.vocabulary, pairs, min(run.settings.positions for run in runs))
     todo = [run for run in runs if not run.finished or overwrite and run is runs[-1]]
     plan = [f"text      {settings.text}: {corpus.words:,} words, {len(corpus.train):,} tokens, "
             f"{len(corpus.dev):,} held out, vocabulary {corpus.vocabulary.size:,}",
@@ -2224,8 +2225,7 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
         plan.append(f"{run.name:<9} {run.out}: {what}")
         if run not in todo and not run.given:
             need_same(run, describe_run(run, corpus, device), resumed=False)
-    rank = rank_and_size()[0]
-    if rank == 0:
+    if rank_and_size()[0] == 0:
         echo("\n".join(plan), err=not dry_run)
     if dry_run:
         return
@@ -2234,7 +2234,7 @@ def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
         with locked_log(run.out, is_teacher, "run.json" in names) as log:
             if not run.finished or overwrite and not is_teacher:
                 fit(run, corpus, device, log, resume or is_teacher)
-    if rank == 0:
+    if rank_and_size()[0] == 0:
         print_results(runs, corpus, pairs, device)
 
 @cli.command("eval-blimp")
