@@ -355,7 +355,7 @@ class Llama(nn.Module):
 #     z, w   logits of student and teacher          q, p   softmax(u) and softmax(v)
 #     u, v   z / tau and w / tau                    r      log q - log p            k   df/dq
 #
-# Every gradient comes from one line, for any f(q) (q, k and v are no longer attention's):
+# Every gradient comes from one line, for any f(q). (Here q, k, v are not those of attention.)
 #
 #     df/du_j = sum_i k_i dq_i/du_j = sum_i k_i q_i ([i = j] - q_j) = q_j (k_j - sum_i q_i k_i)
 #
@@ -456,7 +456,7 @@ DIVERGENCES = {
     "fkl": [lambda log_q, log_p, _: kl(log_p, log_q)],
     "rkl": [lambda log_q, log_p, _: kl(log_q, log_p)],
     "fkl+rkl": [both_ways, "fkl_weight"],
-    "alternate": [both_ways, "fkl_weight"],         # fit sets the weight to 1, 0, 1, 0, ... by step
+    "alternate": [both_ways, "fkl_weight"],         # training sets it to 1, 0, 1, ... by step
     "akl": [adaptive, "mu"],
     "akl-r": [functools.partial(adaptive, swapped=True), "mu"],
     "skl": [lambda log_q, log_p, _, skew: kl(log_p, mixture(log_p, log_q, skew)), "skew"],
@@ -574,11 +574,11 @@ def gradient_of_logits(z, w, targets, tau, alpha):
 def divergence_(settings, beta, u, v, targets):
     """Return the objective's divergence (n, 1) and its gradient with respect to u (n, V).
 
-    u's rows must have maximum 0; v is overwritten. "Mixing outputs" (Eq. 2) makes v beta v + (1 -
-    beta) u; <- differs (4): that u gets no gradient. r is beta (z - w) / tau + a number that drops
-    out, so reverse KL's gradient q (r - KL) is beta times the unmixed one: beta is a weight, Eq. 3
-    its schedule. The value, quadratic in r near q = p, is about beta^2 times: do not compare `kl`
-    of mixed and unmixed runs. Forward KL's q - p is beta times the unmixed one only near q = p."""
+    u's rows must have maximum 0; v is overwritten. "Mixing outputs" (Eq. 2) replaces v by beta v +
+    (1 - beta) u. <- differs (4): this u gets no gradient. Now r is beta (z - w) / tau + a number
+    that drops out, so reverse KL's gradient q (r - KL) is beta times the unmixed one: beta is a
+    weight, Eq. 3 its schedule. The value, quadratic in r near q = p, is about beta^2 times: do not
+    compare `kl` of mixed and unmixed runs. Forward KL's q - p is beta times that near q = p only."""
     definition, *names = DIVERGENCES[settings.objective]
     constants = [getattr(settings, name) for name in names]
     if beta < 1:
