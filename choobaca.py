@@ -578,7 +578,7 @@ def divergence_(settings, beta, u, v, targets):
     (1 - beta) u. <- differs (4): this u gets no gradient. Now r is beta (z - w) / tau + a number
     that drops out, so reverse KL's gradient q (r - KL) is beta times the unmixed one: beta is a
     weight, Eq. 3 its schedule. The value, quadratic in r near q = p, is about beta^2 times: do not
-    compare `kl` of mixed and unmixed runs. Forward KL's q - p is beta times that near q = p only."""
+    compare `kl` of mixed and unmixed runs. Forward KL's q - p scales so only near q = p."""
     definition, *names = DIVERGENCES[settings.objective]
     constants = [getattr(settings, name) for name in names]
     if beta < 1:
