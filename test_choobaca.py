@@ -523,9 +523,10 @@ def test_no_temperature_breaks_the_loss(tau):
     assert off(parts[0], wanted) < 1e-5 and all(x.isfinite().all() for x in found)
 
 @every_divergence
-@mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-9)])
 def test_a_student_that_is_sure_or_rules_the_target_out(name, dtype, tolerance):
-    """1 - q from 1e-1 to 1e-7; and logits so low that q is 0 in fp32 and, from -708 on, float64."""
+    """1 - q from 1e-1 to 1e-7, which costs float64 7 of its 16 digits; and logits so low that q is 0
+    in fp32 and, from -708 on, float64."""
     z, w = randn(2, 14, 57).to(dtype)
     w[:, 0] = w[:, 1:].logsumexp(-1) + 2
     z[:7, 0] = z[:7, 1:].logsumexp(-1) + torch.arange(1, 8) * math.log(10)
