@@ -2,9 +2,8 @@
 
 A teacher is trained on text. A student learns from the same text and, at every token, from the
 teacher's whole distribution over the next token, under reverse KL or another divergence.
-Both are scored on minimal pairs: is "The dogs run." likelier than "The dogs runs."? "The paper" is
-Shi, Matusevych and Nissim 2024, "Choosy Babies Need One Coach", which we follow; the "AKL paper" is
-Wu et al. 2024, "Rethinking Kullback-Leibler Divergence in Knowledge Distillation for LLMs".
+Both are scored on minimal pairs: is "The dogs run." likelier than "The dogs runs."? The paper is
+"Choosy Babies Need One Coach" (Shi et al. 2024), the AKL paper Wu et al. 2024 (arXiv 2404.02657).
 
     python choobaca.py train --objective rkl --teachers 1     train a teacher, then its student
     python choobaca.py eval-blimp                             score the newest run
@@ -55,8 +54,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
-# torch's threads spin while they wait, and take the time of other processes: spin less.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")    # torch's waiting threads hinder others less
 
 import click
 import numpy as np
@@ -98,10 +96,9 @@ def setting(default, help, choices=(), low=0, high=2**31 - 1, path=False):
 # covers all that the teacher finds likely, even if that makes other tokens likelier, too. Under
 # reverse KL it can keep to a part (a "mode") that it gets right. The paper asks which is better.
 #
-# Temperature: we divide both models' logits by tau = 2 before the softmax. That flattens both
-# lists, so that tokens which the teacher finds unlikely count for more. It also divides gradients
-# by tau (the chain rule) and, if tau is high, by tau once more, because flatter lists differ less.
-# The factor tau^2 in the loss makes up for it, in full only if tau is high.
+# Temperature: we divide both models' logits by tau = 2 before the softmax. In the flatter lists
+# unlikely tokens count for more. That also divides gradients by tau (the chain rule) and, if tau is
+# high, by tau once more, because flatter lists differ less: so the loss has the factor tau^2.
 
 def plain_loss(z, w, targets, tau, alpha):
     """Return the loss that is the whole lesson, summed over N tokens (the paper's Eq. 9).
@@ -136,7 +133,6 @@ def distil_in_short(student, teacher, batches, tau=2.0, alpha=0.5, lr=4e-3):
 # Joined lines are cut into rows of T ids: most begin in mid-line, and attention crosses lines.
 
 class Vocabulary(NamedTuple):
-    """A tokenizer and the files that belong to it."""
     tokenizer: Tokenizer
     prefix_id: int                  # the token that stands before a sentence
     files: dict                     # names and bytes: tokenizer.json and the small files beside it
@@ -158,9 +154,7 @@ def train_tokenizer(lines, vocab_size):
         vocab_size=vocab_size, min_frequency=2,                 # a pair seen once is not merged
         special_tokens=["<pad>", "<s>", "</s>"], show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))           # <- differs (2)
-    lines = tqdm(lines, "vocabulary", leave=False, unit=" lines")
-    short = (re.sub(r"(\S{1000})\S+", r"\1", line) for line in lines)   # longer words are slow
-    tokenizer.train_from_iterator(short, trainer)
+    tokenizer.train_from_iterator(tqdm(lines, "vocabulary", leave=False, unit=" lines"), trainer)
     prefix = [("<s>", tokenizer.token_to_id("<s>"))]        # other tools get it before a text
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", prefix)
     return tokenizer
@@ -1083,13 +1077,11 @@ KNOWN = {field.name: field for field in fields(Settings)}
 PATHS = {name for name, field in KNOWN.items() if field.metadata["path"]}
 
 def settings_between(first, last):
-    """Return the names of the settings from one to another, but for paths."""
     names = list(KNOWN)
     names = names[names.index(first):names.index(last) + 1]
     return [name for name in names if name not in PATHS]
 
 def checked(field, value, source):
-    """Return the value if it fits the setting's type, range and choices."""
     rules = field.metadata
     shown = f"{source} is {repr(value)[:60]}"
     need(type(value) is field.type or (field.type is float and type(value) is int),
@@ -1106,7 +1098,6 @@ def checked(field, value, source):
 # 9. The corpus ---------------------------------------------------------------
 
 def rank_and_size():
-    """Return this process's rank and how many processes there are: torchrun starts several."""
     if not dist.is_initialized():
         return 0, 1
     return dist.get_rank(), dist.get_world_size()
@@ -1142,8 +1133,17 @@ def save_tokenizer(folder, tokenizer):
 def say_once(text):
     echo(text, err=True)
 
+def refuse_words(path, tokenizer, roles):
+    """Refuse words that files beside tokenizer.json name as tokens: transformers splits there."""
+    named = [value for key, value in roles.items() if re.search("_tokens?(_decoder)?$", key)]
+    strings = re.findall(r'("(?:[^"\\]|\\.)*")(:?)', json.dumps(named))     # a colon: a key
+    words = {text for text, colon in strings if not colon and not re.search("[<[|{]", text)}
+    added = tokenizer.get_added_tokens_decoder().values()
+    words -= {'"AddedToken"', *(json.dumps(token.content) for token in added)}
+    need(not words, f"{path}: a file beside it names {min(words, default='')} as a token, which "
+         "a text may hold and tokenizer.json does not add: expected one like <pad>.")
+
 def load_vocabulary(path):
-    """Load the vocabulary of a tokenizer.json, or of a folder that has one."""
     path = path / "tokenizer.json" if path.is_dir() else path
     files = {"tokenizer.json": path.read_bytes()}
     with reading(path):
@@ -1165,16 +1165,17 @@ def load_vocabulary(path):
     named = [token.content for key in ("bos_token_id", "eos_token_id")
              for i, token in tokenizer.get_added_tokens_decoder().items()
              if token.special and i == facts.get(key)]
-    kind = f"{roles.get('tokenizer_class')}{facts.get('tokenizer_class')}{facts.get('model_type')}"
-    missing = "<|endoftext|>" if re.match("(None)*gpt", kind, re.I) else None   # the class's own
-    if re.match("(None)?Llama", kind) and b"ByteLevel" not in files["tokenizer.json"]:
+    refuse_words(path, tokenizer, roles)
+    kind = str(roles.get("tokenizer_class") or facts.get("tokenizer_class")
+               or facts.get("model_type") or "")
+    missing = "<|endoftext|>" if re.match("gpt", kind, re.I) else None      # the class's own
+    if kind.startswith("Llama") and b"ByteLevel" not in files["tokenizer.json"]:
         missing = "<s>"
-    need("bos_token" in roles or re.match("(None)*(PreTrained|Tokenizers|GPT|Llama|$)", kind, re.I),
-         f"{path}: {kind.split('None')[0]} may have a prefix token of its own: expected a "
+    need("bos_token" in roles or re.match("PreTrained|Tokenizers|GPT|Llama|$", kind, re.I),
+         f"{path}: {kind} may have a prefix token of its own: expected a "
          "bos_token in the tokenizer_config.json beside it.")
-    name = str(roles.get("tokenizer_class") or "PreTrained")
-    if not name.startswith(("PreTrained", "Tokenizers")):
-        say_once(f"{path}: transformers 5 builds a {name} anew, and may split texts otherwise.")
+    if not re.match("PreTrained|Tokenizers|llama|$", kind):     # llama: the model, of no class
+        say_once(f"{path}: transformers 5 builds a {kind} anew, and may split texts otherwise.")
     tokens = [roles.get(key, missing) for key in ("bos_token", "eos_token")]
     tokens += [*named, "<|endoftext|>", "<s>"]
     with reading(path):
@@ -1212,7 +1213,12 @@ def read_corpus(settings, cache):
         source = digest(f"{text} {settings.vocab_size}".encode())
         folder = cache / f"tokenizer-{source[:12]}"
         if rank_and_size()[0] == 0 and not (folder / "tokenizer.json").exists():
-            save_tokenizer(folder, train_tokenizer(train, settings.vocab_size))
+            long = re.search(r"\S{1001}", "\n".join(train))
+            if long:
+                echo(f"{settings.text}: the tokenizer is trained on the first 1,000 characters of "
+                     f"a word, for longer ones are slow: {long[0][:40]}...", err=True)
+            short = [re.sub(r"(\S{1000})\S+", r"\1", line) for line in train]
+            save_tokenizer(folder, train_tokenizer(short, settings.vocab_size))
         if dist.is_initialized():
             dist.barrier()                          # the other ranks wait for it
     vocabulary = load_vocabulary(folder)
@@ -1293,16 +1299,18 @@ def new_model(config, vocab_size, seed):
 
 # 11. Run folders -------------------------------------------------------------
 
-HF_KEYS = {         # our setting: the key in config.json, and what holds where that is missing
-    "llama": {"width": ("hidden_size", None), "layers": ("num_hidden_layers", None),
-              "heads": ("num_attention_heads", None), "kv_heads": ("num_key_value_heads", 0),
-              "inner": ("intermediate_size", None), "positions": ("max_position_embeddings", 2048),
-              "rope_theta": ("rope_theta", 10_000.0), "norm_eps": ("rms_norm_eps", 1e-6),
-              "tied": ("tie_word_embeddings", False)},
-    "gpt2": {"width": ("n_embd", None), "layers": ("n_layer", None), "heads": ("n_head", None),
-             "inner": ("n_inner", None), "positions": ("n_positions", 1024),
-             "norm_eps": ("layer_norm_epsilon", 1e-5), "dropout": ("resid_pdrop", 0.1),
-             "tied": ("tie_word_embeddings", True)}}
+HF_KEYS = {         # our setting: the key in config.json
+    "llama": {"width": "hidden_size", "layers": "num_hidden_layers", "heads": "num_attention_heads",
+              "kv_heads": "num_key_value_heads", "inner": "intermediate_size",
+              "positions": "max_position_embeddings", "rope_theta": "rope_theta",
+              "norm_eps": "rms_norm_eps", "tied": "tie_word_embeddings"},
+    "gpt2": {"width": "n_embd", "layers": "n_layer", "heads": "n_head", "inner": "n_inner",
+             "positions": "n_positions", "norm_eps": "layer_norm_epsilon",
+             "dropout": "resid_pdrop", "tied": "tie_word_embeddings"}}
+HF_MISSING = {      # what holds where a key is missing
+    "llama": {"kv_heads": 0, "positions": 2048, "rope_theta": 10_000.0, "norm_eps": 1e-6,
+              "tied": False},
+    "gpt2": {"positions": 1024, "norm_eps": 1e-5, "dropout": 0.1, "tied": True}}
 HF_FIXED = {        # what our models always do: written on saving, demanded on loading
     "llama": {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False},
     "gpt2": {"activation_function": "gelu_new", "scale_attn_weights": True,
@@ -1312,7 +1320,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 def to_hf_config(config, vocabulary):
     kind = config.model_type
     config = replace(config, kv_heads=config.kv_heads or config.heads)
-    sizes = {key: getattr(config, name) for name, (key, _) in HF_KEYS[kind].items()}
+    sizes = {key: getattr(config, name) for name, key in HF_KEYS[kind].items()}
     if kind == "gpt2":
         sizes |= {"attn_pdrop": config.dropout, "embd_pdrop": config.dropout}
     # A text ends where the next one begins, and so does what transformers generates.
@@ -1325,7 +1333,6 @@ def to_hf_config(config, vocabulary):
             "pad_token_id": end if pad is None else pad, "dtype": "float32"}
 
 def from_hf_config(path):
-    """Return shape and V of the model that a config.json describes. Refuse what we do not build."""
     need(path.exists(), f"{path.parent} holds no finished model: expected config.json, "
          "tokenizer.json and model.safetensors.")
     raw = read_json(path)
@@ -1340,10 +1347,9 @@ def from_hf_config(path):
         found = raw.get(key, value)
         need(found == value, f"{path}: {key} is {found!r}: expected {value!r}.")
     values = {"model_type": kind, "context": 1}
-    for name, (key, missing) in HF_KEYS[kind].items():
-        if key == "n_inner":
-            missing = 4 * values["width"]
-        other = HF_KEYS["llama"][name][0] if key.startswith("n_") and key != "n_inner" else key
+    for name, key in HF_KEYS[kind].items():
+        missing = 4 * values["width"] if key == "n_inner" else HF_MISSING[kind].get(name)
+        other = HF_KEYS["llama"][name] if key.startswith("n_") and key != "n_inner" else key
         found = raw.get(key, raw.get(other, missing))       # GPT-2 in transformers has both names
         need(raw.get(other, found) == found, f"{path}: {key} is {found!r}, {other} is not.")
         values[name] = checked(KNOWN[name], found, f"{path}: {key}")
@@ -1371,7 +1377,6 @@ def write_safetensors(path, tensors):
             file.write(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
 
 def read_safetensors(path):
-    """Read the tensors of a safetensors file, every entry checked."""
     need(path.exists(), f"{path} is missing: expected safetensors (pickled models are not read).")
     tensors, last = {}, 0
     with reading(path):
@@ -1488,10 +1493,9 @@ def held_out_loss(model, ids, settings, dtype=torch.float32):
 
 @dataclass
 class Run:
-    """A model of this command: one to train by its settings, or a given one of such a shape."""
     name: str
     out: Path
-    settings: Settings
+    settings: Settings              # or, of a given model, its shape
     teachers: tuple = ()            # of Run
     given: bool = False             # by --teacher: not ours to train
 
@@ -1500,7 +1504,6 @@ class Run:
         return self.given or (self.out / "model.safetensors").exists()
 
 def describe_run(run, corpus, device):
-    """Return what run.json says: all that it takes to know, and to repeat, what was done."""
     given = [*(str(each.out) for each in run.teachers), run.settings.init]
     weights = [weights_digests(Path(folder)) for folder in given if folder]
     return {"argv": sys.argv[1:], "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -1592,7 +1595,6 @@ def save_state(path, progress, parts):
         torch.save(progress | states | {"run": file_digest(path.with_name("run.json"))}, file)
 
 def load_state(path, progress, parts):
-    """Put a checkpoint of this run into the parts, and its progress in place of the one given."""
     with reading(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         need(state["run"] == file_digest(path.with_name("run.json")), f"{path} is of another run "
@@ -1716,10 +1718,16 @@ def fit(run, corpus, device, log, resume):
     started = time.perf_counter() - progress["seconds"]
     saved = time.monotonic()
     look_every = settings.eval_every or math.ceil(steps / 10)           # ten looks, or fewer
+    times = []                                          # when each step began
     late = []                                           # steps that are not in the log yet
     folders = checkpoint_steps(corpus, settings)
     with bar, signals_kept() as received:
         for step in range(progress["step"], steps):     # each needs number, weights, optimizer
+            times.append(time.perf_counter())
+            if len(times) % 20 == 1 and len(times) > 40:
+                gaps = np.diff(times)           # their medians: a look at held-out text is no step
+                if np.median(gaps[-20:]) > 5 * np.median(gaps[:20]):
+                    say_once(f"{run.name}: steps take five times as long as at first.")
             taken = step + 1                    # steps, with this one
             last = taken == steps
             lr = lr_at(step, steps, settings)
@@ -1852,7 +1860,6 @@ def read_pair(line, path, number, rule="2024", names=None):
     return Pair((given, space + good), (given, space + bad), paradigm, term, number)
 
 def read_pairs(folder, sample=0, rule="2024"):
-    """Read the pairs in a folder or a file, all or about `sample`, evenly spread."""
     paths = [folder] if folder.is_file() else sorted(folder.glob("[!.]*"))
     paths = [p for p in paths if p.suffix in (".jsonl", ".tsv", ".csv") and p.is_file()]
     pairs = []
@@ -1872,7 +1879,6 @@ def mean_row(rows):
             **{key: sum(row[key] for row in rows) for key in ("n", "ties")}}
 
 def summarise(pairs, scores):
-    """Return accuracy overall, by phenomenon and by paradigm, with standard error, n and ties."""
     paradigms = {}
     for uid, members in group_by(range(len(pairs)), lambda i: pairs[i].paradigm).items():
         good, bad = scores[members].T
@@ -1886,17 +1892,32 @@ def summarise(pairs, scores):
     return {**mean_row(paradigms.values()), "paradigms": paradigms,
             "phenomena": {term: mean_row(rows) for term, rows in terms}}
 
-def keep_scores(folder, suite, pairs, scores, weights):
-    """Write a model's scores to its folder: a line with count and hashes, then a line a pair."""
-    rows = [{"phenomenon": pair.phenomenon, "paradigm": pair.paradigm, "line": pair.line,
-             "good": good, "bad": bad} for pair, (good, bad) in zip(pairs, scores.tolist())]
-    rows = [{"pairs": len(pairs), "weights": weights}, *rows]
+def score_folder(folder, device, pairs, suite, rule="2024", keep=True):
+    """Return the pairs that a folder's model can score, and their scores, which it then keeps."""
+    weights = weights_digests(folder)           # before: who writes it anew meanwhile is noticed
+    model, vocabulary = load_model(folder, device)
+    _, pairs = encode_pairs(vocabulary, pairs, model.config.positions, rule)
     named = json.dumps([pair[:4] for pair in pairs])        # a sample does not replace the whole
     path = folder / f"{suite}-{digest(named.encode())[:8]}.jsonl"
-    write_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    head = {"pairs": len(pairs), "weights": weights, "code": file_digest(__file__)}
+    with reading(path):
+        facts, *rows = map(json.loads, path.read_bytes().splitlines() if path.exists() else ["0"])
+        if facts == head:
+            echo(f"{path}: scored before, so not again.", err=True)
+            scores = [(float(row["good"]), float(row["bad"])) for row in rows]
+            return pairs, np.array(scores).reshape(len(pairs), 2)
+    pairs, scores = score_pairs(model, vocabulary, pairs, f"scoring {folder}", rule)
+    rows = [{"phenomenon": pair.phenomenon, "paradigm": pair.paradigm, "line": pair.line,
+             "good": good, "bad": bad} for pair, (good, bad) in zip(pairs, scores.tolist())]
+    text = "".join(json.dumps(row) + "\n" for row in [head, *rows])
+    try:
+        if keep:
+            write_file(path, text.encode())
+    except OSError as error:                                # it may be read-only
+        echo(f"{path}: not kept for compare: {error.strerror}.", err=True)
+    return pairs, scores
 
 def pairs_table(results, paradigms):
-    """Lay out the summaries of models on the same pairs, side by side, in percent."""
     columns = list(results.values())
     rows = {}
     for term in columns[0]["phenomena"]:
@@ -1949,7 +1970,6 @@ def confidence_interval(differences):
     return (means.mean() + np.array([-reach, reach])).clip(-1, 1).tolist()
 
 def compare_scores(names, first, other):
-    """Return how the second model differs from the first, by phenomenon and over all pairs."""
     everything = range(len(names))
     terms = sorted(group_by(everything, lambda i: names[i][0]).items())
     rows = []
@@ -1973,7 +1993,6 @@ def compare_scores(names, first, other):
 # 15. The command line --------------------------------------------------------
 
 def settings_flags(command):
-    """Give a command a flag for every setting, None where it is not given."""
     for field in reversed(KNOWN.values()):
         flag = "--" + field.name.replace("_", "-")
         if field.type is bool:
@@ -1988,7 +2007,6 @@ def settings_flags(command):
 ELSEWHERE = {"learning_rate": "lr", "hidden_size": "width", "block_size": "context"}
 
 def check_keys(table, allowed, source, folder):
-    """Return the settings in a table, checked; paths are taken from the file's folder."""
     values = {}
     for key, value in table.items():
         near = difflib.get_close_matches(ELSEWHERE.get(key, key), allowed, 1)
@@ -2001,7 +2019,6 @@ def check_keys(table, allowed, source, folder):
     return values
 
 def read_config(path):
-    """Return the student's settings and each teacher's, of a TOML file over those of its base."""
     with reading(path):
         raw = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
         need(isinstance(raw.get("teacher", []), list), f"{path}: expected [[teacher]].")
@@ -2016,7 +2033,6 @@ def read_config(path):
     return values, [below | table for below, table in places]
 
 def read_settings(config, flags, teachers):
-    """Return the run's settings, and those of its teachers, unless their folders are named."""
     values, tables = read_config(config)
     given = {name: value for name, value in flags.items() if value is not None}
     values |= check_keys(given, KNOWN, "--", Path())
@@ -2049,7 +2065,6 @@ def read_settings(config, flags, teachers):
     return settings, [Settings(**values | plain | table | steps) for table in tables]
 
 def plan_runs(out, folders, settings, described, corpus):
-    """Return a command's runs: the teachers, in these folders or as described, and the student."""
     beside = Path(os.path.relpath(out.resolve().parent))
     runs = [Run("", folder, from_hf_config(folder / "config.json")[0], given=True)
             for folder in folders]
@@ -2083,7 +2098,6 @@ def plan_runs(out, folders, settings, described, corpus):
     return runs
 
 def idle_flags(settings, flags, described):
-    """Return the flags that have no effect on this run, of which these teachers are trained."""
     constants = (DIVERGENCES | {"alternate": []}).get(settings.objective, [])[1:]
     idle = settings_between("temperature" if settings.objective == "ce" else "fkl_weight", "gamma")
     idle += ["vocab_size"] * bool(settings.tokenizer) + ["teacher_steps"] * (not described)
@@ -2093,20 +2107,15 @@ def idle_flags(settings, flags, described):
             if name not in constants and flags[name] is not None]
 
 def print_results(runs, corpus, pairs, device):
-    """Print what the models have learnt, side by side, and where they are; put it into cards."""
     results, lines = {}, []
     for run in runs:
-        weights = weights_digests(run.out)
-        model, _ = load_model(run.out, device)
-        loss = held_out_loss(model, corpus.dev, runs[-1].settings)
+        loss = held_out_loss(load_model(run.out, device)[0], corpus.dev, runs[-1].settings)
         found = "" if loss is None else f", held-out loss {loss:.4f} nats a token"
         lines.append(f"{run.name:<9} {run.out}{found}")
         if pairs:
-            _, scores = score_pairs(model, corpus.vocabulary, pairs, f"scoring {run.out}")
-            results[run.name] = summarise(pairs, scores)
+            scored = score_folder(run.out, device, pairs, "blimp", keep=not run.given)
+            results[run.name] = summarise(*scored)
             found += f", {results[run.name]['accuracy']:.1%} of minimal pairs right"
-            if not run.given:               # a given folder may be somebody else's
-                keep_scores(run.out, "blimp", pairs, scores, weights)
         if not run.given:
             write_card(run, corpus, found)
     if pairs:
@@ -2154,8 +2163,7 @@ class Cli(click.Group):
             raise
 
 def location(text):
-    """Read a path; a shell does not expand the ~ of --out=~/run."""
-    return Path(os.path.expanduser(text))
+    return Path(os.path.expanduser(text))       # a shell leaves the ~ of --out=~/run
 
 device_option = option("--device", type=click.Choice(("auto", "cpu", "cuda")), default="auto",
                        help="Where to compute.")
@@ -2169,7 +2177,6 @@ def cli():
     sys.stdout.reconfigure(errors="backslashreplace")       # a path may be no UTF-8
 
 def join_processes(device):
-    """Join the processes that torchrun started, if it did: together they train one model."""
     if "LOCAL_RANK" not in os.environ:
         return
     if device == "cuda":
@@ -2190,7 +2197,6 @@ def join_processes(device):
 @settings_flags
 def train_command(config, out, folders, resume, overwrite, dry_run, **flags):
     """Train a model, alone or from teachers, which are trained first if they are not there yet.
-    A flag counts, else the config's key, else the default shown here.
     Example: python choobaca.py train --objective rkl --teachers 1"""
     overwrite = overwrite or dry_run            # which plans as if there were no run yet
     resume = resume and not overwrite           # to replace a run is to begin it again
@@ -2257,17 +2263,11 @@ def eval_blimp_command(folder, data, suite, rule, sample, device, as_json):
     kept = HOME / "data" / suite
     data = data or (kept if kept.exists() or suite != "blimp" else TINY / suite)
     pairs = read_pairs(data, sample, rule)
-    weights = weights_digests(folder)           # before: who writes it anew meanwhile is noticed
-    model, vocabulary = load_model(folder, choose_device(device))
-    pairs, scores = score_pairs(model, vocabulary, pairs, f"scoring {folder}", rule)
-    result = summarise(pairs, scores)
+    suite = suite if rule == "2024" else f"{rule}-{suite}"
+    result = summarise(*score_folder(folder, choose_device(device), pairs, suite, rule))
     found = {"model": str(folder), "data": str(data).removeprefix(f"{HOME}/"), **result}
     table = f"{folder} on {found['data']}, rule {rule}\n\n{pairs_table({'accuracy': result}, True)}"
-    try:
-        suite = suite if rule == "2024" else f"{rule}-{suite}"
-        keep_scores(folder, suite, pairs, scores, weights)
-    finally:                            # a folder may be read-only
-        echo(json.dumps(found, indent=2) if as_json else table)
+    echo(json.dumps(found, indent=2) if as_json else table)
 
 @cli.command("compare", short_help="Say whether a model is better than another, or lucky.")
 @click.argument("first", type=location)
@@ -2275,8 +2275,7 @@ def eval_blimp_command(folder, data, suite, rule, sample, device, as_json):
 @option("--suite", default="blimp", help="By which scores; 2026-blimp: of --rule 2026.")
 @json_option
 def compare_command(first, others, suite, as_json):
-    """Say whether other models are better than the first on the pairs that eval-blimp scored.
-    Example: python choobaca.py compare runs/tiny-ce-0-seed0 runs/tiny-rkl-1-seed0"""
+    """Say whether other models are better than the first on the pairs that eval-blimp scored."""
     name = common_scores([first, *others], suite)
     names, base = read_scores(first / name)
     found, tables = [], []
@@ -2286,7 +2285,9 @@ def compare_command(first, others, suite, as_json):
              "one of them is damaged: score the models again with eval-blimp.")
         rows = compare_scores(names, base, right)
         found.append({"first": str(first), "other": str(folder), "scores": name, "rows": rows})
-        lines = [f"{folder} against {first}, by {name}\n\n{'mean score':<27} {'n':>6}  first  "
+        count = len({name[:2] for name in names})
+        lines = [f"{folder} against {first}, by {name}: {len(names):,} items in {count:,} "
+                 f"paradigms\n\n{'mean score':<27} {'n':>6}  first  "
                  "other  difference, 95 % interval     verdict"]
         lines += ["{phenomenon:<27} {n:>6,} {first:6.1%} {other:6.1%} {difference:+7.2%} "
                   "({low:+8.2%} to {high:+8.2%})  {verdict}".format(**row) for row in rows]
@@ -2308,8 +2309,7 @@ def compare_command(first, others, suite, as_json):
 @device_option
 def sample_command(run, prompt, tokens, temperature, count, seed, out, device):
     """Let a model write, a line a sample.
-    With --out it writes a text to train on: sequence-level distillation (Kim and Rush 2016).
-    Example: python choobaca.py sample runs/tiny-rkl-1-seed0 --prompt "the dog" --count 5"""
+    With --out it writes a text to train on: sequence-level distillation (Kim and Rush 2016)."""
     if out:                             # if it cannot be, better now than after hours
         need(not [*out.glob("*")], f"{out} is already there: choose another --out.")
         out.mkdir(parents=True, exist_ok=True)

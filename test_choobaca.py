@@ -80,9 +80,11 @@ def written_model(folder, vocabulary, **changes):
     c.save_model(Path(folder), m, vocabulary)
     return m
 
-def keep(folder, *what):
+def keep(folder, suite, pairs, scores):
     """Scores as if the model in the folder had them."""
-    c.keep_scores(Path(folder), *what, c.weights_digests(Path(folder)))
+    with patch.multiple(c, encode_pairs=lambda _, pairs, *more: ({}, pairs),
+                        score_pairs=lambda *_: (pairs, scores)):
+        c.score_folder(Path(folder), "cpu", pairs, suite)
 
 def parameters(s):
     return sum(x.numel() for x in c.empty_model(s, s.vocab_size).parameters())
@@ -525,8 +527,8 @@ def test_no_temperature_breaks_the_loss(tau):
 @every_divergence
 @mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-9)])
 def test_a_student_that_is_sure_or_rules_the_target_out(name, dtype, tolerance):
-    """1 - q from 1e-1 to 1e-7, which costs float64 7 of its 16 digits; and logits so low that q is 0
-    in fp32 and, from -708 on, float64."""
+    """1 - q from 1e-1 to 1e-7, which costs float64 7 of its 16 digits; and logits so low that q is
+    0 in fp32 and, from -708 on, float64."""
     z, w = randn(2, 14, 57).to(dtype)
     w[:, 0] = w[:, 1:].logsumexp(-1) + 2
     z[:7, 0] = z[:7, 1:].logsumexp(-1) + torch.arange(1, 8) * math.log(10)
@@ -730,6 +732,20 @@ def test_the_rule_of_2026(saved, vocabulary):
         assert "all " in invoke(f"compare model model --suite {name}").stdout
     assert len([*saved.glob("*blimp-*")]) == 2
 
+def test_scores_are_kept_and_used_again(saved, monkeypatch):
+    """While model, pairs and program are the same; where they can't be kept, they are printed."""
+    write_pairs("p/a.jsonl", *AB * 9)
+    first, again = (invoke("eval-blimp -m model -d p") for _ in range(2))
+    assert again.stdout == first.stdout and "scored before" in again.stderr > first.stderr
+    path, = saved.glob("blimp-*")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-30])
+    assert "is damaged" in error("eval-blimp -m model -d p")
+    path.write_bytes(whole.replace(b'"code": "', b'"code": "0'))
+    monkeypatch.setattr(c, "write_file", Mock(side_effect=OSError(28, "No space left")))
+    told = invoke("eval-blimp -m model -d p")
+    assert told.stdout == first.stdout and "not kept for compare: No space left." in told.stderr
+
 def test_the_trie_of_its_docstring():
     shown, trie, m = " ".join(c.Trie.__doc__.split()), c.Trie(), model()
     words = "<s> A cat dog barked ran".split()
@@ -828,6 +844,11 @@ def test_what_other_programs_write_is_read(tmp_path, vocabulary, capsys):
         Path(tmp_path, f"{name}.json").write_text(roles)
         assert c.load_vocabulary(tmp_path).prefix_id == wanted
     assert capsys.readouterr().err.count("builds a LlamaTokenizer anew") == 1
+    for roles in ({"pad_token": "dog"}, {"additional_special_tokens": ["<x>", "dog"]},
+                  {"added_tokens_decoder": {"700": {"content": "dog", "special": False}}}):
+        c.write_json(tmp_path / "special_tokens_map.json", roles)
+        with raises(click.ClickException, match='names "dog" as a token'):
+            c.load_vocabulary(tmp_path)
     os.remove(tmp_path / "special_tokens_map.json")
     for name, wanted in (("Qwen2", "Qwen2Tokenizer may have a"), ("GPT2", "no token '<.end"),
                          ("Llama", "")):
@@ -991,11 +1012,13 @@ def test_a_run_begins_with_given_weights(here, saved, vocabulary):
 
 def test_any_text_trains_and_own_pairs_are_scored(here):
     """German, Chinese, emoji, by the default config: without the pairs of another language."""
-    Path("a.txt").write_text("Die Hunde laufen über die Straße.\n狗在跑。🐕🐕\n" * 2000)
+    Path("a.txt").write_text("Die Hunde laufen über die Straße.\n狗在跑。🐕🐕\n" * 2000
+                             + "long" * 250_000)
     write_pairs("long/a.jsonl", *AB, ("A " * 99, "B"))      # too long for 64 positions
     write_pairs("longer/a.jsonl", ("A " * 99, "B"))
     told = invoke("train --text a.txt --vocab-size 400 --steps 2 --pairs long -o 0")
     assert "1 of 2 pairs are left out" in told.stderr and "mean of 1" in told.stdout
+    assert "slow: longlong" in told.stderr              # the word that was cut
     assert "expected pairs that the model can" in error("eval-blimp -m 0 -d longer")
     assert "\npairs     none" in invoke("train --text a.txt --dry-run").stdout
     Path("own.tsv").write_text("sentence_bad\tsentence_good\nHunde läuft.\tHunde laufen.\n"
@@ -1293,6 +1316,12 @@ def test_a_run_as_on_a_gpu_without_triton(here, monkeypatch):
     assert train("gpu/run", flags).stderr.count("Triton is not installed") == 1
     assert history("gpu/run") == history("cpu/run")
 
+def test_steps_that_get_slow_are_said_once(here, monkeypatch):
+    plain, slow = c.train_step, itertools.chain(itertools.repeat(0, 45), itertools.repeat(0.1))
+    monkeypatch.setattr(c, "train_step", lambda *given: time.sleep(next(slow)) or plain(*given))
+    told = train("x", "--steps 81")
+    assert told.stderr.count("steps take five times as long as at first") == 1
+
 # -----------------------------------------------------------------------------
 # 13 to 15. Sampling, pairs and their tables, the command line
 
@@ -1414,6 +1443,7 @@ def test_compare(saved):
     for other, wanted in (("guess", "all .* worse"), ("same", "all .*not distinguishable"),
                           ("good", r"(.*\+0.00% \(  \+0.00% to   \+0.00%\).*\n){3}")):
         assert re.search(wanted, invoke(f"compare good {other}").stdout)
+    assert ": 2,000 items in 10 paradigms\n" in told
     whole = json.loads(invoke("compare guess good --json").stdout)[0]["rows"][-1]
     assert whole["low"] < 0.3 < whole["high"]
     path, = Path("same").glob("blimp-*.jsonl")
