@@ -1135,7 +1135,7 @@ def say_once(text):
 
 def refuse_words(path, tokenizer, roles):
     """Refuse words that files beside tokenizer.json name as tokens: transformers splits there."""
-    named = [value for key, value in roles.items() if re.search("_tokens?(_decoder)?$", key)]
+    named = [value for key, value in roles.items() if "_token" in key]
     strings = re.findall(r'("(?:[^"\\]|\\.)*")(:?)', json.dumps(named))     # a colon: a key
     words = {text for text, colon in strings if not colon and not re.search("[<[|{]", text)}
     added = tokenizer.get_added_tokens_decoder().values()
@@ -1451,7 +1451,6 @@ def words_read(step, corpus, settings):
     return tokens * corpus.words / len(corpus.train)
 
 def checkpoint_steps(corpus, settings):
-    """Return the folders of --checkpoints, each with the step after which it is written."""
     counts = re.findall(r"\w+", settings.checkpoints)
     if counts == ["babylm"]:                # at 1M to 10M words, then by 10M, then by 100M
         counts = [f"{power * i}M" for power in (1, 10, 100) for i in range(1, 11)]
@@ -1548,16 +1547,18 @@ def describe_plan(run, corpus):
     settings = run.settings
     steps, per_epoch = count_steps(len(corpus.train), settings)
     model = empty_model(settings, corpus.vocabulary.size)
-    tokens = settings.batch_size * settings.context
     parameters = sum(parameter.numel() for parameter in model.parameters())
     words = words_read(steps, corpus, settings)
     much = words > 1e8 and corpus.words < 1.1e7
     limit = ", of which BabyLM's strict-small track allows 100 million" if much else ""
     kept = ", ".join(checkpoint_steps(corpus, settings)) or "none: too few words"
+    halves = "fp16|bf16" if torch.backends.cpu.get_cpu_capability() == "AVX2" else "fp16"
+    slow = re.search(halves, settings.precision + settings.teacher_precision * bool(run.teachers))
+    size = settings.batch_size * settings.context
     return (f"{settings.model_type}, {parameters:,} parameters, {describe_loss(settings)}, "
-            f"{steps:,} steps of {tokens:,} tokens, {steps / per_epoch:.2g} epochs, about "
-            f"{words:,.0f} words{limit}{f', enough for {kept}' if settings.checkpoints else ''}"
-            f"{', in fp16: slow without a GPU' if settings.precision == 'fp16' else ''}")
+            f"{steps:,} steps of {size:,} tokens, {steps / per_epoch:.2g} epochs, "
+            f"about {words:,.0f} words{limit}{f', enough for {kept}' * bool(settings.checkpoints)}"
+            f"{f', in {slow[0]}: slow here without a GPU' if slow else ''}")
 
 def write_card(run, corpus, found):
     settings = {name: value for name, value in asdict(run.settings).items()
@@ -1724,7 +1725,7 @@ def fit(run, corpus, device, log, resume):
     with bar, signals_kept() as received:
         for step in range(progress["step"], steps):     # each needs number, weights, optimizer
             times.append(time.perf_counter())
-            if len(times) % 20 == 1 and len(times) > 40:
+            if len(times) in range(41, steps, 20):
                 gaps = np.diff(times)           # their medians: a look at held-out text is no step
                 if np.median(gaps[-20:]) > 5 * np.median(gaps[:20]):
                     say_once(f"{run.name}: steps take five times as long as at first.")
@@ -1904,8 +1905,8 @@ def score_folder(folder, device, pairs, suite, rule="2024", keep=True):
         facts, *rows = map(json.loads, path.read_bytes().splitlines() if path.exists() else ["0"])
         if facts == head:
             echo(f"{path}: scored before, so not again.", err=True)
-            scores = [(float(row["good"]), float(row["bad"])) for row in rows]
-            return pairs, np.array(scores).reshape(len(pairs), 2)
+            scores = [[row["good"], row["bad"]] for row in rows]
+            return pairs, np.array(scores, float).reshape(len(pairs), 2)
     pairs, scores = score_pairs(model, vocabulary, pairs, f"scoring {folder}", rule)
     rows = [{"phenomenon": pair.phenomenon, "paradigm": pair.paradigm, "line": pair.line,
              "good": good, "bad": bad} for pair, (good, bad) in zip(pairs, scores.tolist())]
@@ -2285,10 +2286,9 @@ def compare_command(first, others, suite, as_json):
              "one of them is damaged: score the models again with eval-blimp.")
         rows = compare_scores(names, base, right)
         found.append({"first": str(first), "other": str(folder), "scores": name, "rows": rows})
-        count = len({name[:2] for name in names})
-        lines = [f"{folder} against {first}, by {name}: {len(names):,} items in {count:,} "
-                 f"paradigms\n\n{'mean score':<27} {'n':>6}  first  "
-                 "other  difference, 95 % interval     verdict"]
+        lines = [f"{folder} against {first}, by {name}: {len(names):,} items in "
+                 f"{len({key[:2] for key in names}):,} paradigms\n\n{'mean score':<27} {'n':>6}  "
+                 "first  other  difference, 95 % interval     verdict"]
         lines += ["{phenomenon:<27} {n:>6,} {first:6.1%} {other:6.1%} {difference:+7.2%} "
                   "({low:+8.2%} to {high:+8.2%})  {verdict}".format(**row) for row in rows]
         tables.append("\n".join(lines))
