@@ -7,7 +7,6 @@ Both are scored on minimal pairs: is "The dogs run." likelier than "The dogs run
 
     python choobaca.py train --objective rkl --teachers 1     train a teacher, then its student
     python choobaca.py eval-blimp                             score the newest run
-    python choobaca.py compare RUN RUN                        is the second one better, or lucky?
 
 Part one is the lesson: plain versions, then fast ones, which tests hold equal up to rounding.
 
@@ -249,8 +248,7 @@ def rotate(x, cos, sin):
     return torch.addcmul(x * cos, swapped, sin)                         # sin has its minus at d
 
 def split_heads(x, heads):
-    """(B, T, H * D) -> (B, H, T, D)"""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)         # (B, T, H D) -> (B, H, T, D)
 
 def extend_cache(past, k, v):
     """Append keys and values (B, H, T, D) to a layer's cache, [] at first; None keeps nothing."""
@@ -325,8 +323,7 @@ class Llama(nn.Module):
 
     @property
     def head(self):
-        """(V, C), a matrix of its own or, if tied, the embedding's"""
-        return (self.lm_head or self.embed_tokens).weight
+        return (self.lm_head or self.embed_tokens).weight               # (V, C)
 
     def hidden(self, ids, cache=None, tree=None):
         """(B, T) -> (B, T, C). `tree` replaces positions 0, 1, ... and the causal mask. With a
@@ -383,9 +380,9 @@ def mixture(log_a, log_b, share):
 def likely_share(q, p, mu):
     """Return the share of sum |p - q| that falls on the teacher's likely tokens: (n, 1).
 
-    The likely tokens are the fewest whose p sums to at least mu, as in top-p sampling; what ties
-    with the last of them is likely as well. The AKL paper calls them its "head" (Eqs. 11 to 14);
-    in its released code the token that reaches mu is unlikely, unless it is the likeliest."""
+    The likely tokens, one at least, are the fewest whose p sums to mu, as in top-p sampling; what
+    ties with the last is likely, too. The AKL paper calls them its "head" (Eqs. 11 to 14); in its
+    released code the token that reaches mu is unlikely, unless it is the likeliest."""
     # Sort, rising. Tokens under (1 - mu) / V are not likely: in all they hold under 1 - mu, so the
     # others reach mu. Raised to that bound, as equals, they sort fast. On a CPU NumPy sorts faster.
     V = p.shape[1]
@@ -712,8 +709,6 @@ class Coach:
         return torch.cat([teacher(ids) for teacher in self.teachers], dim=-1)
 
 # 6. Schedules and one step ---------------------------------------------------
-#
-# step -> learning rate and beta: pure functions, no scheduler with a state
 
 def lr_at(step, steps, settings):
     """Return the learning rate of a step, of `steps` in all. <- differs (5): the paper's cosine has
@@ -986,7 +981,7 @@ def file_digest(path, kind="sha256"):
         return hashlib.file_digest(file, kind).hexdigest()
 
 def weights_digests(folder):
-    names = ("config.json", "*token*.json", "*.safetensors")
+    names = ("config.json", "*token*.json", "*.safetensors*")
     return {path.name: file_digest(path) for name in names for path in sorted(folder.glob(name))}
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -1015,7 +1010,6 @@ class Settings:
     norm_eps: float = setting(1e-6, "Added to the variance in a norm.")
     tied: bool = setting(False, "Use the embedding as the head.")
     dropout: float = setting(0.0, "Share of values dropped in training (GPT-2).", high=1)
-    # AdamW, and how long it runs
     epochs: int = setting(6, "Passes over the text.", low=1)
     steps: int = setting(0, "Optimizer steps (a teacher's own come first); 0: as epochs say.")
     lr: float = setting(2.5e-4, "Peak learning rate.")
@@ -1098,9 +1092,7 @@ def checked(field, value, source):
 # 9. The corpus ---------------------------------------------------------------
 
 def rank_and_size():
-    if not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 class Corpus(NamedTuple):
     vocabulary: Vocabulary
@@ -1110,7 +1102,6 @@ class Corpus(NamedTuple):
     digests: dict                   # of the text and the tokenizer
 
 def read_text(folder, names):
-    """Read the lines, stripped and not empty, of the UTF-8 files whose names match, in order."""
     need(folder.exists(), f"{folder} does not exist: expected text (see data/download.py).")
     lines = []
     for path in [folder] if folder.is_file() else sorted(folder.glob("[!.]*")):
@@ -1136,11 +1127,17 @@ def say_once(text):
 def refuse_words(path, tokenizer, roles):
     """Refuse words that files beside tokenizer.json name as tokens: transformers splits there."""
     named = [value for key, value in roles.items() if "_token" in key]
-    strings = re.findall(r'("(?:[^"\\]|\\.)*")(:?)', json.dumps(named))     # a colon: a key
-    words = {text for text, colon in strings if not colon and not re.search("[<[|{]", text)}
+    old = path.with_name("added_tokens.json")
+    named += read_json(old) if old.exists() else []         # its keys
+    strings = re.findall(r'"((?:[^"\\]|\\.)*)"(:?)', json.dumps(named, ensure_ascii=False))
+    word = r"(?!AddedToken)[^\W_Ġ▁][^<[|{_]*"
+    words = {text for text, colon in strings if not colon and re.fullmatch(word, text)}
     added = tokenizer.get_added_tokens_decoder().values()
-    words -= {'"AddedToken"', *(json.dumps(token.content) for token in added)}
-    need(not words, f"{path}: a file beside it names {min(words, default='')} as a token, which "
+    special = [each.content for each in added if each.special and re.fullmatch(word, each.content)]
+    if special:
+        say_once(f"{path}: transformers splits a text at {special[0]!r}; it is plain text here.")
+    words -= {each.content for each in added}
+    need(not words, f"{path}: a file beside it names {min(words, default='')!r} as a token, which "
          "a text may hold and tokenizer.json does not add: expected one like <pad>.")
 
 def load_vocabulary(path):
@@ -1175,7 +1172,7 @@ def load_vocabulary(path):
          f"{path}: {kind} may have a prefix token of its own: expected a "
          "bos_token in the tokenizer_config.json beside it.")
     if not re.match("PreTrained|Tokenizers|llama|$", kind):     # llama: the model, of no class
-        say_once(f"{path}: transformers 5 builds a {kind} anew, and may split texts otherwise.")
+        say_once(f"{path}: transformers 5 builds it anew, as {kind}'s, and may split otherwise.")
     tokens = [roles.get(key, missing) for key in ("bos_token", "eos_token")]
     tokens += [*named, "<|endoftext|>", "<s>"]
     with reading(path):
@@ -1407,6 +1404,8 @@ def save_model(folder, model, vocabulary):
     write_json(folder / "config.json", facts)
     ids = {key: facts[key] for key in facts if key.endswith("token_id")}
     write_json(folder / "generation_config.json", ids)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        (folder / name).unlink(missing_ok=True)             # an earlier run's
     for name, content in vocabulary.files.items():
         write_file(folder / name, content)
     weights = {name if name.startswith("lm_head") else model.prefix + name: stored(name, parameter)
@@ -1432,7 +1431,11 @@ def load_model(folder, device):
     if head is not None:                            # some hold it twice, some by this name alone
         found.setdefault(next(iter(model.state_dict())), head)
     with reading(f"{folder} (config.json, or the weights)"):
-        model.load_state_dict(found, assign=True)
+        missing, extra = model.load_state_dict(found, strict=False, assign=True)
+        need(not missing, f"{folder}: no weights for {', '.join(missing)[:99]}, which config.json "
+             "asks for.")
+    if extra:                                       # transformers passes over them, too
+        say_once(f"{folder}: weights without a place in the model: {', '.join(extra)[:99]}")
     need(head is None or head.equal(model.head), f"{folder}: config.json ties head and embedding, "
          "but the weights hold two different ones.")
     return model.to(device).eval(), vocabulary
@@ -1446,7 +1449,6 @@ def count_steps(tokens, settings):
     return settings.steps or per_epoch * settings.epochs, per_epoch
 
 def words_read(step, corpus, settings):
-    """Return how many words of text a run has read after a step, repeats counted, on average."""
     tokens = step * settings.batch_size * settings.context
     return tokens * corpus.words / len(corpus.train)
 
@@ -1531,7 +1533,7 @@ def need_same(run, record, resumed):
                 old, new = before[group].get(name), record[group][name]
                 shown = old if group != "digests" else before["settings"].get(name, "given ones")
             need(old == new, f"{name.replace('_', '-')} has changed since {run.out} was begun "
-                 f"({shown or 'none'}): go back to that, or choose an --out in another folder.")
+                 f"({str(shown) or 'none'}): go back to it, or to an --out in another folder.")
 
 def describe_loss(settings):
     if settings.objective not in DIVERGENCES:
@@ -1556,7 +1558,7 @@ def describe_plan(run, corpus):
     slow = re.search(halves, settings.precision + settings.teacher_precision * bool(run.teachers))
     size = settings.batch_size * settings.context
     return (f"{settings.model_type}, {parameters:,} parameters, {describe_loss(settings)}, "
-            f"{steps:,} steps of {size:,} tokens, {steps / per_epoch:.2g} epochs, "
+            f"{steps:,} step{'s'[:steps - 1]} of {size:,} tokens, {steps / per_epoch:.2g} epochs, "
             f"about {words:,.0f} words{limit}{f', enough for {kept}' * bool(settings.checkpoints)}"
             f"{f', in {slow[0]}: slow here without a GPU' if slow else ''}")
 
@@ -1573,7 +1575,6 @@ def write_card(run, corpus, found):
 
 @contextlib.contextmanager
 def signals_kept():
-    """Collect Ctrl-C and SIGTERM in a list, so that a run can stop after its step."""
     received = []
     with contextlib.ExitStack() as stack:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -1728,7 +1729,7 @@ def fit(run, corpus, device, log, resume):
             if len(times) in range(41, steps, 20):
                 gaps = np.diff(times)           # their medians: a look at held-out text is no step
                 if np.median(gaps[-20:]) > 5 * np.median(gaps[:20]):
-                    say_once(f"{run.name}: steps take five times as long as at first.")
+                    say_once(f"\n{run.name}: steps take five times as long as at first.")
             taken = step + 1                    # steps, with this one
             last = taken == steps
             lr = lr_at(step, steps, settings)
@@ -1874,8 +1875,7 @@ def read_pairs(folder, sample=0, rule="2024"):
     return pairs[::max(1, round(len(pairs) / sample)) if sample else 1]
 
 def mean_row(rows):
-    """Average accuracies without weights, as BabyLM does; errors add up as their squares."""
-    return {"accuracy": np.mean([row["accuracy"] for row in rows]),
+    return {"accuracy": np.mean([row["accuracy"] for row in rows]),     # as BabyLM averages
             "stderr": math.hypot(*(row["stderr"] for row in rows)) / len(rows),
             **{key: sum(row[key] for row in rows) for key in ("n", "ties")}}
 
@@ -1898,22 +1898,22 @@ def score_folder(folder, device, pairs, suite, rule="2024", keep=True):
     weights = weights_digests(folder)           # before: who writes it anew meanwhile is noticed
     model, vocabulary = load_model(folder, device)
     _, pairs = encode_pairs(vocabulary, pairs, model.config.positions, rule)
-    named = json.dumps([pair[:4] for pair in pairs])        # a sample does not replace the whole
-    path = folder / f"{suite}-{digest(named.encode())[:8]}.jsonl"
-    head = {"pairs": len(pairs), "weights": weights, "code": file_digest(__file__)}
-    with reading(path):
-        facts, *rows = map(json.loads, path.read_bytes().splitlines() if path.exists() else ["0"])
-        if facts == head:
-            echo(f"{path}: scored before, so not again.", err=True)
-            scores = [[row["good"], row["bad"]] for row in rows]
-            return pairs, np.array(scores, float).reshape(len(pairs), 2)
+    named = digest(json.dumps(pairs).encode())              # a sample does not replace the whole
+    path = folder / f"{suite}-{named[:8]}.jsonl"
+    facts = {"pairs": len(pairs), "weights": weights, "code": file_digest(__file__)}
+    head, _, lines = (path.read_bytes() if path.is_file() else b"").partition(b"\n")
+    if head == json.dumps(facts | {"lines": digest(lines)}).encode():
+        echo(f"{path}: scored before, so not again.", err=True)
+        rows = map(json.loads, lines.splitlines())
+        return pairs, np.array([[row["good"], row["bad"]] for row in rows])
     pairs, scores = score_pairs(model, vocabulary, pairs, f"scoring {folder}", rule)
     rows = [{"phenomenon": pair.phenomenon, "paradigm": pair.paradigm, "line": pair.line,
              "good": good, "bad": bad} for pair, (good, bad) in zip(pairs, scores.tolist())]
-    text = "".join(json.dumps(row) + "\n" for row in [head, *rows])
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     try:
         if keep:
-            write_file(path, text.encode())
+            facts["lines"] = digest(lines)
+            write_file(path, json.dumps(facts).encode() + b"\n" + lines)
     except OSError as error:                                # it may be read-only
         echo(f"{path}: not kept for compare: {error.strerror}.", err=True)
     return pairs, scores
@@ -1927,7 +1927,7 @@ def pairs_table(results, paradigms):
             if paradigms and row["phenomenon"] == term != uid:
                 rows["  " + uid] = [column["paradigms"][uid] for column in columns]
     count = len(columns[0]["paradigms"])
-    rows[f"mean of {count} paradigm{'s' if count > 1 else ''}"] = columns
+    rows[f"mean of {count:,} paradigm{'s' if count > 1 else ''}"] = columns
     width = max(34, *map(len, rows))
     lines = [f"{'accuracy and standard error, in %':<{width}} {'n':>7}"
              + "".join(f"{name:>16}" for name in results)]
@@ -1938,7 +1938,6 @@ def pairs_table(results, paradigms):
     return "\n".join([*lines, f"{'ties, given to the good sentence':<{width + 8}}{ties}"])
 
 def common_scores(folders, suite):
-    """Return the name of the longest file of a suite's scores that is in all folders."""
     names = [{path.name for path in folder.glob("*.jsonl") if path.name.startswith(suite)}
              for folder in folders]
     common = sorted(set.intersection(*names))
@@ -1947,7 +1946,6 @@ def common_scores(folders, suite):
     return max(common, key=lambda name: (folders[0] / name).stat().st_size)
 
 def read_scores(path):
-    """Read phenomenon, paradigm, line of each pair and 1 or 0, or the `score` that data/ wrote."""
     with reading(path):
         facts, *lines = map(json.loads, path.read_bytes().splitlines())
         names = [(str(line["phenomenon"]), str(line["paradigm"]), line["line"]) for line in lines]
@@ -2078,7 +2076,9 @@ def plan_runs(out, folders, settings, described, corpus):
     for i, run in enumerate(runs, 1):
         run.name = f"teacher {i}" if len(runs) > 1 else "teacher"
         if run.finished:
-            _, vocabulary = load_model(run.out, "cpu")
+            model, vocabulary = load_model(run.out, "cpu")
+            if len(model.head) > vocabulary.size:
+                echo(f"{run.out}: those of its logits that have no token teach nothing.", err=True)
             need(fingerprint(vocabulary) == fingerprint(corpus.vocabulary), f"{run.out} has "
                  "another vocabulary than the student: both must share one tokenizer.")
     runs.append(Run("student" if runs else "model", out, settings, tuple(runs)))
@@ -2286,8 +2286,8 @@ def compare_command(first, others, suite, as_json):
              "one of them is damaged: score the models again with eval-blimp.")
         rows = compare_scores(names, base, right)
         found.append({"first": str(first), "other": str(folder), "scores": name, "rows": rows})
-        lines = [f"{folder} against {first}, by {name}: {len(names):,} items in "
-                 f"{len({key[:2] for key in names}):,} paradigms\n\n{'mean score':<27} {'n':>6}  "
+        lines = [f"{folder} against {first}, by {name} (items: {len(names):,}, paradigms: "
+                 f"{len({key[:2] for key in names}):,})\n\n{'mean score':<27} {'n':>6}  "
                  "first  other  difference, 95 % interval     verdict"]
         lines += ["{phenomenon:<27} {n:>6,} {first:6.1%} {other:6.1%} {difference:+7.2%} "
                   "({low:+8.2%} to {high:+8.2%})  {verdict}".format(**row) for row in rows]
