@@ -26,7 +26,7 @@ BabyLlama, whose code it builds on, the place is marked with its number in this 
     (1) every line of text begins with <s>, and its first word with a space: scoring asks for both
     (2) all 256 bytes are in the vocabulary from the start, so no text is ever dropped
     (3) the divergence is a mean over tokens; BabyLlama's "batchmean" weighs it T times as much
-    (4) the student's logits get no gradient where they are mixed into the teacher's (Eq. 2): see 5
+    (4) student logits that are mixed into the teacher's (Eq. 2) are constant there: see 5
     (5) the learning rate follows one cosine to the end, after a warmup
 """
 import sys
@@ -92,18 +92,18 @@ def setting(default, help, choices=(), low=0, high=2**31 - 1, path=False):
 #     reverse KL  sum q log(q / p)   weighs by the student: do not say what the teacher does not
 #
 # A student that is too small to copy the teacher has to give something up. Under forward KL it
-# covers all that the teacher finds likely, even if that makes other tokens likelier, too. Under
+# covers all that the teacher finds likely, even if unlikely tokens gain by it, too. Under
 # reverse KL it can keep to a part (a "mode") that it gets right. The paper asks which is better.
 #
-# Temperature: we divide both models' logits by tau = 2 before the softmax. In the flatter lists
-# unlikely tokens count for more. That also divides gradients by tau (the chain rule) and, if tau is
-# high, by tau once more, because flatter lists differ less: so the loss has the factor tau^2.
+# Temperature: we divide both models' logits by tau = 2 before the softmax. In the flatter q and
+# p unlikely tokens count for more. That also divides gradients by tau (the chain rule) and, if tau
+# is high, by tau once more, because flat q and p differ less: so the loss has the factor tau^2.
 
 def plain_loss(z, w, targets, tau, alpha):
     """Return the loss that is the whole lesson, summed over N tokens (the paper's Eq. 9).
 
     z, w (N, V) are the student's and the teacher's logits, targets (N,) the tokens that came. The
-    loss asks for these, weighted by alpha, and for the teacher's distribution, by 1 - alpha.
+    loss is alpha times cross-entropy on these plus (1 - alpha) tau^2 times the divergence.
 
     We cannot afford it: up to 8 arrays (N, V) at once. FusedLoss in section 5 does without them."""
     ce = F.cross_entropy(z, targets, reduction="sum")           # forward KL, from p = 1 at target
@@ -128,7 +128,7 @@ def distil_in_short(student, teacher, batches, tau=2.0, alpha=0.5, lr=4e-3):
 #
 # lines of text  ->  ids (tokens,)  ->  inputs (B, T) and targets (B, T) of a step
 #
-# A model predicts each token from those before it; a line's first follows a prefix token, <s>.
+# A model predicts each token from those before it; so each line begins with a prefix token, <s>.
 # Joined lines are cut into rows of T ids: most begin in mid-line, and attention crosses lines.
 
 class Vocabulary(NamedTuple):
@@ -169,7 +169,7 @@ def encode(vocabulary, lines, prefix):
     first word, but scores sentences after <s> and a space, which the model has never seen."""
     tokenizer = vocabulary.tokenizer
     space, before, after = " ", [vocabulary.prefix_id], []      # a space: some tokenizers add none
-    if prefix == "none":            # [-1:]: the line break without the space put before it
+    if prefix == "none":            # [-1:]: without the space token that some put before "\n"
         space, before, after = "", [], tokenizer.encode("\n", add_special_tokens=False).ids[-1:]
         text = tokenizer.to_str().replace('"add_prefix_space":true', '"add_prefix_space":false')
         tokenizer = Tokenizer.from_str(text)        # a copy that adds no space to a text
@@ -197,7 +197,7 @@ def row_starts(rows, settings, epoch):
 
 def windows(ids, starts, T):
     """Cut inputs and targets, (rows, T) int64 each: for ids 0, 1, 2, ..., T = 4 and a start of 8,
-    8 9 10 11 and 9 10 11 12. An id i that is only read, as a prompt's, is stored as ~i = -1 - i."""
+    8 9 10 11 and 9 10 11 12. An id i to read, not to predict (a prompt's), is stored as -1 - i."""
     rows = ids[starts[:, None] + np.arange(T + 1)]                      # (rows, T + 1)
     rows = torch.from_numpy(rows.astype(np.int64))
     inputs = torch.where(rows < 0, ~rows, rows)[:, :-1]         # ~ of ~i is i (data/instruct.py)
@@ -234,7 +234,7 @@ def plain_attention(q, k, v, sees):
     return scores.softmax(-1) @ v                               # the mean of v by these weights
 
 def rotary_angles(positions, D, theta):
-    """Return cos and sin of each position's D/2 angles, negated, then plain: two (..., 1, T, D)."""
+    """Return cos and sin, two (..., 1, T, D): of a position's D/2 angles negated, then plain."""
     speed = theta ** -(torch.arange(0, D, 2, device=positions.device) / D)              # (D/2,)
     angle = positions[..., None, :, None] * speed               # the same for all heads
     angle = torch.cat([-angle, angle], -1)                      # cos is the same, sin is not
@@ -382,9 +382,9 @@ def likely_share(q, p, mu):
 
     The likely tokens, one at least, are the fewest whose p sums to mu, as in top-p sampling; what
     ties with the last is likely, too. The AKL paper calls them its "head" (Eqs. 11 to 14); in its
-    released code the token that reaches mu is unlikely, unless it is the likeliest."""
+    released code the token with which the sum reaches mu is left out, unless it is the first."""
     # Sort, rising. Tokens under (1 - mu) / V are not likely: in all they hold under 1 - mu, so the
-    # others reach mu. Raised to that bound, as equals, they sort fast. On a CPU NumPy sorts faster.
+    # others reach mu. So we raise them to that bound: equals sort fast. On a CPU NumPy is faster.
     V = p.shape[1]
     rising = p.clamp(min=(1 - mu) / V)
     if p.is_cuda:
@@ -406,7 +406,7 @@ def both_ways(log_q, log_p, _, weight):
 
 def adaptive(log_q, log_p, targets, mu, swapped=False):
     """Weigh forward KL by likely_share, held constant, and reverse KL by the rest (AKL paper, Eq.
-    15; swapped, Eq. 16): there forward KL fits likely tokens first, reverse KL the unlikely."""
+    15; swapped, Eq. 16): they say forward KL fits likely tokens first, reverse KL the others."""
     q = log_q.detach().exp()
     p = log_p.exp()
     share = likely_share(q, p, mu)[:, 0]
@@ -419,7 +419,7 @@ def jensen_shannon(log_q, log_p, _, share):
     return share * kl(log_p, m) + (1 - share) * kl(log_q, m)
 
 def target_apart(log_q, log_p, targets, gamma):
-    """Reverse KL of target against rest, plus gamma times that within the rest (arXiv 2604.00223).
+    """Reverse KL of (target, rest), plus gamma times that within the rest (arXiv 2604.00223).
     In plain reverse KL gamma is 1 - q_target: nearly 0 for a student that is sure of the target."""
     def split(log_x):
         rest = log_x.scatter(1, targets, -1e9)                          # the target has no part
@@ -432,7 +432,7 @@ def target_apart(log_q, log_p, targets, gamma):
 def token_wise(log_q, log_p, _):
     """sum s p log(p / q) + (1 - s) q log(q / p), s = p / (p + q) fixed (ToDi, Jung et al. 2025)"""
     gap = log_p - log_q
-    share = gap.detach().sigmoid()              # constant: the value is fkl + rkl, the slope is not
+    share = gap.detach().sigmoid()              # constant: the value is fkl + rkl, its gradient not
     return (gap * (share * log_p.exp() - (1 - share) * log_q.exp())).sum(-1)
 
 def alpha_beta(log_q, log_p, _, a, b):
@@ -469,10 +469,10 @@ def by_autograd(definition, u, v, targets, *constants):
         gradient, = torch.autograd.grad(value.sum(), u)
     return value.detach()[:, None], gradient
 
-# Now the fast way: four of them with their gradients written out, in place and in fp32.
+# Now the fast way: five of them with their gradients written out, in place and in fp32.
 
 def to_probabilities(u, v):
-    """Return q, p, r (n, V) and c (n, 1): from here on, r lacks c, and log q - log p is r + c. v is
+    """Return q, p, r (n, V) and c (n, 1): from here on, log q - log p is r + c, not r alone. v is
     overwritten; rows of u and v must have 0 as maximum. r is at most 87 (exp(-87) is near fp32's
     least normal number): what the teacher rules out costs reverse KL much, not infinitely much."""
     r = (u - v).clamp_(max=-math.log(torch.finfo(u.dtype).tiny))
@@ -529,8 +529,8 @@ CLOSED_FORMS = {"fkl": forward_kl, "rkl": reverse_kl, "fkl+rkl": forward_and_rev
 # student hidden (N, C), head (V, C), teacher hidden (N, C'), head (V, C'), targets (N,)
 #   ->  loss, cross-entropy and tau^2 divergence, summed over the N tokens
 #
-# Forward makes both models' logits for n rows at a time, overwrites them with d_z, the loss's
-# gradient with respect to z, and multiplies that back at once: only d_hidden and d_head are kept.
+# Forward makes both models' logits for n rows at a time; the student's become d_z, the loss's
+# gradient with respect to z, which is multiplied back at once: only d_hidden and d_head are kept.
 #
 #   hidden (N, C)         head (V, C)       plain_loss, 4,096 x 16,000: 8 arrays of 262 MB at once
 #      | n rows              |              FusedLoss (rkl), 14 chunks of 293 rows: 2 or 3 of 19 MB
@@ -541,7 +541,7 @@ CLOSED_FORMS = {"fkl": forward_kl, "rkl": reverse_kl, "fkl+rkl": forward_and_rev
 #          d_head (V, C) += d_z.T @ h <---------------------------------------------------------+
 #
 # A row's softmax needs no other row, and a sum's gradient is the sum of the gradients: so chunks
-# change only the rounding. The paper's "step-wise loss", if it is a sum, is a chunk of 5.
+# change only the rounding. The paper's "step-wise loss", if a sum, is a chunk of 5 rows.
 
 def loss_weights(settings):
     """Return the weights of cross-entropy and of tau^2 times divergence (Eq. 9)."""
@@ -553,7 +553,7 @@ def loss_weights(settings):
 
 def gradient_of_logits(z, w, targets, tau, alpha):
     """Differentiate plain_loss by hand, with respect to z: (N, V).
-    This is what divergence_ and logits_to_gradient_, below, do in place and for all objectives."""
+    Below, divergence_ and logits_to_gradient_ do this, in place, and with the other objectives."""
     log_q = (z / tau).log_softmax(-1)
     r = log_q - (w / tau).log_softmax(-1)
     q = log_q.exp()
@@ -567,9 +567,9 @@ def divergence_(settings, beta, u, v, targets):
 
     u's rows must have maximum 0; v is overwritten. "Mixing outputs" (Eq. 2) replaces v by beta v +
     (1 - beta) u. <- differs (4): this u gets no gradient. Now r is beta (z - w) / tau + a number
-    that drops out, so reverse KL's gradient q (r - KL) is beta times the unmixed one: beta is a
-    weight, Eq. 3 its schedule. The value, quadratic in r near q = p, is about beta^2 times: do not
-    compare `kl` of mixed and unmixed runs. Forward KL's q - p scales so only near q = p."""
+    that drops out, so reverse KL's gradient q (r - KL) is beta times the unmixed one: beta only
+    weighs it, by epoch in Eq. 3. Its value, quadratic in r near q = p, is about beta^2 times: don't
+    compare `kl` of mixed and unmixed runs. For forward KL both hold only near q = p."""
     definition, *names = DIVERGENCES[settings.objective]
     constants = [getattr(settings, name) for name in names]
     if beta < 1:
@@ -694,7 +694,7 @@ class FusedLoss(torch.autograd.Function):
 
 class Coach:
     """Join one or more teachers. BabyLlama averages their logits, so p is the geometric mean of
-    theirs, normalised. A mean of products is one product of hidden states and heads side by side:
+    theirs, normalised. With hidden states and heads side by side, one product is the mean, too:
     [h1 h2] @ [head1 head2].T / 2 = (h1 @ head1.T + h2 @ head2.T) / 2."""
 
     def __init__(self, teachers, dtype=None, V=None):
@@ -712,7 +712,7 @@ class Coach:
 
 def lr_at(step, steps, settings):
     """Return the learning rate of a step, of `steps` in all. <- differs (5): the paper's cosine has
-    T_max = 500; in steps, that means down and up again every 1,000 steps."""
+    T_max = 500: if that counts steps, it goes down and up again every 1,000 steps."""
     if step < settings.warmup:                                  # a line up to the peak
         return settings.lr * (step + 1) / (settings.warmup + 1)
     half = settings.t_max or max(1, steps - settings.warmup)    # then a cosine down to 0
@@ -739,8 +739,8 @@ def make_optimizer(model, settings):
 def train_step(model, optimizer, coach, inputs, targets, settings, beta, dtype, scaler):
     """Take one optimizer step on inputs and targets (B, T), or on this process's share of the rows.
     Returns (4,): loss, cross-entropy, tau^2 divergence, norm of the gradient. Each micro-batch's
-    loss is divided by the targets of the whole step, so how it is split changes only the rounding.
-    In fp16 the scaler keeps gradients in range, and leaves out a step where that failed."""
+    loss is divided by the targets of the whole step, so a split changes only rounding and dropout.
+    In fp16 the scaler keeps gradients in range, and skips a step where one overflowed."""
     device = inputs.device.type
     rows = settings.micro_batch or len(inputs)
     shared = dist.is_initialized()              # torchrun started several processes
@@ -813,7 +813,7 @@ def encode_pairs(vocabulary, pairs, positions, rule="2024"):
     return lines, kept
 
 class Trie:
-    """Texts with the same beginning, as one tree of ids: a row for the model, no beginning twice.
+    """Texts as one tree of ids, a row for the model: what neighbours begin alike is there once.
 
     A node sees itself and what is above it, so its hidden state is that of its text alone. Nodes
     are in the order in which the sorted texts reach them: the descendants of node i are the nodes
@@ -873,7 +873,7 @@ def build_tries(lines):
 
 @torch.no_grad()
 def token_log_probabilities(hidden, head, rows, targets):
-    """Return log softmax(hidden[row] @ head.T)[target]: hidden (N, C), row, target (E,) -> (E,)"""
+    """Return log softmax(hidden[row] @ head.T)[target] of E rows, targets: (N, C), (E,) -> (E,)"""
     chunk = CHUNK[hidden.device.type]
     scores = torch.empty_like(targets, dtype=torch.float64)         # for exact sums
     for i in range(0, len(hidden), chunk):
@@ -1141,6 +1141,7 @@ def refuse_words(path, tokenizer, roles):
          "a text may hold and tokenizer.json does not add: expected one like <pad>.")
 
 def load_vocabulary(path):
+    """Load a tokenizer; find the token that begins a text, as transformers 5 would."""
     path = path / "tokenizer.json" if path.is_dir() else path
     files = {"tokenizer.json": path.read_bytes()}
     with reading(path):
@@ -1226,7 +1227,7 @@ def read_corpus(settings, cache):
 # 10. GPT-2, the second coach -------------------------------------------------
 
 class GPT2Block(nn.Module):
-    """As LlamaBlock, with biases, dropout, GELU and no rotation: (B, T, C) -> (B, T, C)."""
+    """As LlamaBlock, with biases, dropout, GELU, no rotation (Radford et al. 2019): (B, T, C)."""
 
     def __init__(self, config):
         super().__init__()
@@ -1251,8 +1252,6 @@ class GPT2Block(nn.Module):
         return x + self.dropout(self.mlp["c_proj"](y))
 
 class GPT2(nn.Module):
-    """GPT-2 (Radford et al. 2019): LayerNorm, learned positions, GELU, biases everywhere."""
-
     prefix = "transformer."
     layers = property(lambda self: self.h)
 
@@ -1583,7 +1582,6 @@ def signals_kept():
         yield received
 
 def stop_signal(received, device):
-    """Return the signal that this process, or another one of its run, has got; else 0."""
     number = max(received, default=0)
     if dist.is_initialized():
         flag = torch.tensor(number, device=device)
@@ -2032,6 +2030,7 @@ def read_config(path):
     return values, [below | table for below, table in places]
 
 def read_settings(config, flags, teachers):
+    """Return a run's settings, flags over config over base, and those of each teacher to train."""
     values, tables = read_config(config)
     given = {name: value for name, value in flags.items() if value is not None}
     values |= check_keys(given, KNOWN, "--", Path())
@@ -2064,6 +2063,7 @@ def read_settings(config, flags, teachers):
     return settings, [Settings(**values | plain | table | steps) for table in tables]
 
 def plan_runs(out, folders, settings, described, corpus):
+    """Return the runs, the student last; a hash of what a teacher learns names its folder."""
     beside = Path(os.path.relpath(out.resolve().parent))
     runs = [Run("", folder, from_hf_config(folder / "config.json")[0], given=True)
             for folder in folders]
