@@ -1126,17 +1126,17 @@ def say_once(text):
 
 def refuse_words(path, tokenizer, roles):
     """Refuse words that files beside tokenizer.json name as tokens: transformers splits there."""
-    named = [value for key, value in roles.items() if "_token" in key]
+    named = [value for key, value in roles.items() if re.search("_token(s|s_decoder)?$", key)]
     old = path.with_name("added_tokens.json")
     named += read_json(old) if old.exists() else []         # its keys
     strings = re.findall(r'"((?:[^"\\]|\\.)*)"(:?)', json.dumps(named, ensure_ascii=False))
-    word = r"(?!AddedToken)[^\W_Ġ▁][^<[|{_]*"
-    words = {text for text, colon in strings if not colon and re.fullmatch(word, text)}
+    word = r"(?!AddedToken)[^\W_Ġ▁][^<[|{_\\]*"             # as text may hold it
     added = tokenizer.get_added_tokens_decoder().values()
     special = [each.content for each in added if each.special and re.fullmatch(word, each.content)]
     if special:
         say_once(f"{path}: transformers splits a text at {special[0]!r}; it is plain text here.")
-    words -= {each.content for each in added}
+    words = {text for text, colon in strings if not colon and re.fullmatch(word, text)} - {
+        each.content for each in added}
     need(not words, f"{path}: a file beside it names {min(words, default='')!r} as a token, which "
          "a text may hold and tokenizer.json does not add: expected one like <pad>.")
 
@@ -1211,7 +1211,7 @@ def read_corpus(settings, cache):
         source = digest(f"{text} {settings.vocab_size}".encode())
         folder = cache / f"tokenizer-{source[:12]}"
         if rank_and_size()[0] == 0 and not (folder / "tokenizer.json").exists():
-            long = re.search(r"\S{1001}", "\n".join(train))
+            long = re.search(r"(?<!\S)\S{1001}", "\n".join(train))
             if long:
                 echo(f"{settings.text}: the tokenizer is trained on the first 1,000 characters of "
                      f"a word, for longer ones are slow: {long[0][:40]}...", err=True)

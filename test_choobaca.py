@@ -839,7 +839,8 @@ def test_what_other_programs_write_is_read(tmp_path, vocabulary, capsys):
         assert c.load_vocabulary(tmp_path).prefix_id == wanted
     assert capsys.readouterr().err.count("anew, as LlamaTokenizer's") == 1
     for name, roles in (("added_tokens", '{"dog": 700}'), (
-            "special_tokens_map", '{"pad_token": "", "x_tokens": {"1": ["_PAD_", "<x>", "dog"]}}')):
+            "special_tokens_map",
+            '{"pad_token": "", "a_token_id": "cat", "x_tokens": {"1": ["_PAD_", "<x>", "dog"]}}')):
         path = tmp_path / f"{name}.json"
         path.write_text(roles)
         with raises(click.ClickException, match="names 'dog' as a token"):
