@@ -728,7 +728,7 @@ def test_the_rule_of_2026(saved, vocabulary):
 def test_scores_are_kept_and_used_again(saved, monkeypatch):
     """While model, pairs and program are the same; where they can't be kept, they are printed."""
     write_pairs("p/a.jsonl", *AB * 9)
-    first, again = (invoke("eval-blimp -m model -d p") for _ in range(2))
+    first, again = (invoke("eval-blimp -m model -d p") for _ in "ab")
     assert again.stdout == first.stdout and "scored before" in again.stderr
     path, = saved.glob("blimp-*")
     whole = path.read_bytes()
@@ -1637,8 +1637,8 @@ def mutated(content, draw):
 def test_no_mutated_file_gets_through_or_brings_it_down(here, saved, vocabulary):
     """20,000 files: each is read, or refused in one sentence, in a second and little memory."""
     write_pairs("p/a.jsonl", *((f"Dog {i} runs.", f"Dog {i} run.") for i in range(4)))
+    m, draw = written_model("model", vocabulary, layers=1), random.Random(0)
     keep(saved, "blimp", c.read_pairs(Path("p")), np.full((4, 2), -1.5))
-    m, draw = model(V=60), random.Random(0)
     step_of(m)
     parts = {"model": m, "optimizer": c.make_optimizer(m, settings())}
     c.write_json(here / "run.json", {})
